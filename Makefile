@@ -1,0 +1,22 @@
+# Everything here works on a fresh clone: .venv is made, and filled, by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: test demo clean
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+demo: .venv/installed
+	$(BIN)/python demo/run.py
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,142 @@
+"""Spectral norm that torch has already put on a model, both APIs: found, and taken over as ours.
+
+``torch.nn.utils.parametrizations.spectral_norm`` and the legacy hook ``torch.nn.utils.spectral_norm``
+keep u, v and their options in different places. `find_torch_sn` reads them, and `TorchSN.strip_` gives the
+module its plain ``weight`` back, so that the rest of the library sees only plain models.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm as _Parametrization
+from torch.nn.utils.spectral_norm import SpectralNorm as _Hook
+
+from specnorm_fx.config import SpectralNormConfig
+
+__all__ = ["TorchSN", "find_torch_sn"]
+
+
+@dataclass(frozen=True)
+class TorchSN:
+    """One weight that carries torch's spectral norm.
+
+    Attributes:
+        module_fqn: The module it is on.
+        module: That module.
+        name: The weight's name there, without spectral norm (``"weight"``).
+        config: Its options.
+        u: Its left vector ``[m]``, torch's own buffer.
+        v: Its right vector ``[n]``, likewise.
+    """
+
+    module_fqn: str
+    module: nn.Module
+    name: str
+    config: SpectralNormConfig
+    u: Tensor
+    v: Tensor
+
+    @property
+    def fqn(self) -> str:
+        """What the parameter is called without spectral norm."""
+        return f"{self.module_fqn}.{self.name}" if self.module_fqn else self.name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The FQN, for selection."""
+        return (self.fqn,)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The module's FQN, for selection."""
+        return (self.module_fqn,)
+
+    @property
+    def kind(self) -> type[nn.Module]:
+        """The module's type without parametrizations, for selection."""
+        return parametrize.type_before_parametrizations(self.module)
+
+    def strip_(self) -> None:
+        """Take the spectral norm off the module, in place: ``weight`` becomes the parameter it normalised.
+
+        Raises:
+            ValueError: The module carries further parametrizations, which would be lost.
+        """
+        if parametrize.is_parametrized(self.module, self.name):
+            _strip_parametrization_(self.module, self.name)
+        else:
+            _strip_hook_(self.module, self.name)
+
+
+def find_torch_sn(model: nn.Module) -> dict[str, TorchSN]:
+    """All weights of a model that carry torch's spectral norm, either API.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        By FQN, in module order.
+    """
+    found = [sn for fqn, module in model.named_modules() for sn in _on_module(fqn, module)]
+    return {sn.fqn: sn for sn in found}
+
+
+def _on_module(fqn: str, module: nn.Module) -> Iterator[TorchSN]:
+    if parametrize.is_parametrized(module):
+        parametrizations: Any = module.parametrizations
+        for name, steps in parametrizations.items():
+            for step in steps:
+                # A one-dimensional parameter is merely normalised, without u and v.
+                if isinstance(step, _Parametrization) and hasattr(step, "_u"):
+                    config = SpectralNormConfig(step.n_power_iterations, step.eps, step.dim)
+                    yield TorchSN(fqn, module, name, config, step._u, step._v)
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _Hook):
+            config = SpectralNormConfig(hook.n_power_iterations, hook.eps, hook.dim, order="vu")
+            u, v = (module._buffers[f"{hook.name}_{x}"] for x in "uv")
+            assert u is not None
+            assert v is not None
+            yield TorchSN(fqn, module, hook.name, config, u, v)
+
+
+def _strip_parametrization_(module: nn.Module, name: str) -> None:
+    # Not parametrize.remove_parametrizations: it deletes the property from the parametrised class, which
+    # a copy shares with the module it was copied from.
+    parametrizations: Any = module.parametrizations
+    on_weight = [type(step).__name__ for step in parametrizations[name]]
+    elsewhere = [other for other in parametrizations if other != name]
+    if len(on_weight) > 1 or elsewhere:
+        raise ValueError(
+            f"{type(module).__name__} carries parametrizations beside spectral norm on {name!r} (on it: "
+            f"{', '.join(on_weight)}; on others: {', '.join(elsewhere) or 'none'}), and only spectral norm "
+            f"alone can be taken over. Remove the others with "
+            f"torch.nn.utils.parametrize.remove_parametrizations, or leave the module out of select."
+        )
+    original = parametrizations[name].original
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module._modules["parametrizations"]
+    _restore_(module, name, original)
+
+
+def _strip_hook_(module: nn.Module, name: str) -> None:
+    # Not remove_spectral_norm: it leaves W / sigma behind, not W.
+    original = module._parameters.pop(f"{name}_orig")
+    for suffix in ("_u", "_v"):
+        del module._buffers[name + suffix]
+    del module.__dict__[name]  # the last W / sigma
+    registered: Any = (module._forward_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks)
+    for hooks in registered:
+        for key, hook in list(hooks.items()):
+            hook = getattr(hook, "hook", hook)  # torch wraps load hooks
+            hook = getattr(hook, "fn", hook)  # the state dict hooks hold the forward hook
+            if isinstance(hook, _Hook) and hook.name == name:
+                del hooks[key]
+    _restore_(module, name, original)
+
+
+def _restore_(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    # First, where the constructors of Linear and Conv put the weight.
+    module._parameters = {name: parameter, **module._parameters}

@@ -1,0 +1,341 @@
+"""From a model to a graph in which the weights to normalise stand as ``get_attr`` nodes.
+
+Three steps, used by `specnorm_fx.passes`: `share` copies the structure, `symbolic_trace` makes the
+graph, and `inline` opens the leaf modules whose weights are selected. `find_weights` lists what can be
+selected.
+"""
+
+import copy
+import itertools
+import linecache
+import operator
+import traceback
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.proxy import GraphAppendingTracer, TraceError
+
+from specnorm_fx.graph_module import attribute, names_of, spectral_norm_node
+
+__all__ = [
+    "KINDS",
+    "Weight",
+    "find_weights",
+    "inline",
+    "obstacle",
+    "refuse_opaque_users",
+    "share",
+    "symbolic_trace",
+]
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+
+# The layers whose ``weight`` can be normalised.
+KINDS = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
+
+# The functions that use a parameter as such a weight; their weight is the second argument.
+_FUNCTIONS: dict[Any, type[nn.Module]] = {
+    F.linear: nn.Linear,
+    F.conv1d: nn.Conv1d,
+    F.conv2d: nn.Conv2d,
+    F.conv3d: nn.Conv3d,
+    F.conv_transpose1d: nn.ConvTranspose1d,
+    F.conv_transpose2d: nn.ConvTranspose2d,
+    F.conv_transpose3d: nn.ConvTranspose3d,
+    F.embedding: nn.Embedding,
+    # What torch.export leaves of them.
+    torch.ops.aten.linear.default: nn.Linear,
+    torch.ops.aten.conv1d.default: nn.Conv1d,
+    torch.ops.aten.conv1d.padding: nn.Conv1d,
+    torch.ops.aten.conv2d.default: nn.Conv2d,
+    torch.ops.aten.conv2d.padding: nn.Conv2d,
+    torch.ops.aten.conv3d.default: nn.Conv3d,
+    torch.ops.aten.conv3d.padding: nn.Conv3d,
+    torch.ops.aten.conv_transpose1d.default: nn.ConvTranspose1d,
+    torch.ops.aten.conv_transpose2d.input: nn.ConvTranspose2d,
+    torch.ops.aten.conv_transpose3d.input: nn.ConvTranspose3d,
+}
+
+
+@dataclass
+class Weight:
+    """A weight that may be normalised.
+
+    Attributes:
+        names: All FQNs of the parameter, the first in module order first.
+        modules: FQNs of the modules that own it, in the same order.
+        module: The first of those modules.
+        kind: The layer type that says how the weight is used.
+        parameter: The parameter.
+        nodes: Its nodes in the graph: ``get_attr`` of it, ``call_module`` of a layer that owns it.
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[str, ...]
+    module: nn.Module
+    kind: type[nn.Module]
+    parameter: Tensor
+    nodes: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def fqn(self) -> str:
+        """The first name."""
+        return self.names[0]
+
+
+def share(model: nn.Module) -> nn.Module:
+    """A copy of the module structure that shares every parameter and buffer with the original.
+
+    What happens to the copy (tracing, flags, new buffers, edits of the graph) leaves the original as
+    it is.
+
+    Args:
+        model: Any module.
+
+    Raises:
+        TypeError: Something the model holds cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held = (module._parameters, module._buffers, vars(module))
+        for value in itertools.chain.from_iterable(d.values() for d in held):
+            if isinstance(value, Tensor):
+                memo[id(value)] = value
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TypeError(
+            f"{type(model).__name__} cannot be copied ({error}), and transform works on a copy that "
+            f"shares the parameters. Keep what cannot be copied out of the module, or give the class a "
+            f"__deepcopy__."
+        ) from error
+
+
+class Tracer(fx.Tracer):
+    """fx.Tracer that also records reads of buffers, instead of baking in what they hold today."""
+
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """torch.nn layers, as in fx; a user's module stays transparent when it is parametrised."""
+        if nn.utils.parametrize.is_parametrized(m):
+            return nn.utils.parametrize.type_before_parametrizations(m).__module__.startswith("torch.nn")
+        return super().is_leaf_module(m, module_qualified_name)
+
+
+def symbolic_trace(model: nn.Module) -> fx.Graph:
+    """The graph of a model, by running its forward on proxies.
+
+    Args:
+        model: Left as it is, but for constants that the trace meets (``_tensor_constant0``).
+
+    Raises:
+        TraceError: The forward cannot be followed, or takes another path in eval mode than in training
+            mode; the message names the line.
+    """
+    # A trace may leave proxies and constants on what it runs, so each mode runs on a copy of its own.
+    (copied, graph), (_, evaluation) = (_trace(share(model), mode) for mode in (True, False))
+    lines = [g.python_code("self").src.splitlines() for g in (graph, evaluation)]
+    if lines[0] != lines[1]:
+        pairs = itertools.zip_longest(*lines, fillvalue="")
+        in_training, in_eval = next(pair for pair in pairs if pair[0] != pair[1])
+        raise TraceError(
+            f"The forward of {type(model).__name__} depends on self.training, which a graph fixes:\n"
+            f"    in training: {in_training.strip()}\n    in eval:     {in_eval.strip()}\n"
+            f"Use a module that switches by itself (nn.Dropout instead of F.dropout(..., self.training))."
+        )
+    for node in graph.nodes:
+        if node.op == "get_attr" and "." not in node.target and not hasattr(model, node.target):
+            setattr(model, node.target, getattr(copied, node.target))
+    return graph
+
+
+def _trace(model: nn.Module, training: bool) -> tuple[nn.Module, fx.Graph]:
+    for module in model.modules():
+        module.training = training
+    tracer = Tracer()
+    try:
+        if isinstance(model, TRANSPOSED):
+            return model, _trace_without_output_size(tracer, model)
+        return model, tracer.trace(model)
+    except Exception as error:
+        inside = next(reversed(tracer.module_stack), "")
+        raise TraceError(
+            f"Symbolic trace cannot follow the forward of {type(model).__name__}"
+            f"{f', in its module {inside!r}' if inside else ''}: {error}\n{_user_line(error)}"
+            f"Two ways out: move that line into a function marked with torch.fx.wrap, or capture the "
+            f"model with example inputs and transform what comes out: "
+            f"specnorm_fx.transform(torch.export.export(model, args).module())."
+        ) from error
+
+
+def _trace_without_output_size(tracer: Tracer, model: nn.Module) -> fx.Graph:
+    """A ConvTranspose that is the whole model: its second argument, optional, cannot be traced."""
+    graph = tracer.trace(model, concrete_args={"output_size": None})
+    # fx asserts that the argument is None by a function which, once in generated code, breaks every
+    # later trace in the process (torch 2.13: KeyError '..._assert_is_none'). So the argument goes.
+    argument = graph.find_nodes(op="placeholder")[1]
+    for check in list(argument.users):
+        graph.erase_node(check)
+    graph.erase_node(argument)
+    return graph
+
+
+def _user_line(error: Exception) -> str:
+    """The innermost frame outside torch, as ``file:line`` and its source."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if "/torch/" not in frame.filename.replace("\\", "/") and frame.filename != __file__:
+            source = linecache.getline(frame.filename, frame.lineno or 0).strip()
+            return f"    {frame.filename}:{frame.lineno}: {source}\n"
+    return ""
+
+
+def find_weights(model: nn.Module, graph: fx.Graph) -> list[Weight]:
+    """The weights that may be normalised, in module order.
+
+    Those of Linear, Conv, ConvTranspose and Embedding layers, whether the graph reaches them or not, and
+    parameters that the graph uses as such a weight in a function (``F.linear(x, self.projection)``).
+
+    Args:
+        model: The module tree.
+        graph: A graph over it.
+
+    Returns:
+        One entry for each parameter, however many modules share it.
+    """
+    used_as = _functional_kinds(model, graph)
+    found = []
+    for parameter in model.parameters():
+        names = names_of(model, parameter)
+        modules = tuple(n.rpartition(".")[0] for n in names)
+        owners = [model.get_submodule(module) for module in modules]
+        layers = [o for o in owners if isinstance(o, KINDS) and o.weight is parameter]
+        kind = type(layers[0]) if layers else used_as.get(id(parameter))
+        if kind is not None:
+            found.append(Weight(names, modules, (layers or owners)[0], kind, parameter))
+
+    by_parameter = {id(weight.parameter): weight for weight in found}
+    for node in graph.nodes:
+        used = None
+        if node.op == "get_attr":
+            used = attribute(model, node.target)
+        elif node.op == "call_module":
+            called = model.get_submodule(node.target)
+            used = called._parameters.get("weight") if isinstance(called, KINDS) else None
+        if id(used) in by_parameter:
+            by_parameter[id(used)].nodes.append(node)
+    return found
+
+
+def _functional_kinds(model: nn.Module, graph: fx.Graph) -> dict[int, type[nn.Module]]:
+    """By the id of a parameter: the layer type whose function uses it as weight."""
+    kinds = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _FUNCTIONS:
+            weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+            if isinstance(weight, fx.Node) and weight.target is operator.getitem:
+                weight = _stored(model, weight)
+            if isinstance(weight, fx.Node) and weight.op == "get_attr":
+                kinds[id(attribute(model, str(weight.target)))] = _FUNCTIONS[node.target]
+    return kinds
+
+
+def _stored(model: nn.Module, item: Any) -> Any:
+    """The ``get_attr`` of the weight whose normalised form this item of a SpectralNorm call is."""
+    call = spectral_norm_node(model) if isinstance(model, fx.GraphModule) else None
+    return call.args[0][item.args[1]] if call is not None and item.args[0] is call else None
+
+
+def obstacle(weight: Weight, model: nn.Module, graph: fx.Graph) -> str:
+    """Why a weight cannot be reached in the graph.
+
+    Args:
+        weight: One without nodes.
+        model: The module tree.
+        graph: The graph over it.
+
+    Returns:
+        Half a sentence.
+    """
+    opaque = _opaque_parents(weight, model, graph)
+    return f"inside {opaque[0]}, which the graph calls as a whole" if opaque else "not used in the forward"
+
+
+def refuse_opaque_users(weight: Weight, model: nn.Module, graph: fx.Graph) -> None:
+    """A tied weight is normalised for all its users, so each must be in sight.
+
+    Args:
+        weight: One to normalise.
+        model: The module tree.
+        graph: The graph over it.
+
+    Raises:
+        ValueError: One of the modules that share the weight is inside another that the graph calls as a
+            whole.
+    """
+    opaque = _opaque_parents(weight, model, graph)
+    if opaque:
+        raise ValueError(
+            f"{weight.fqn!r} is shared with a layer inside {opaque[0]}, which the graph calls as a whole and "
+            f"which would go on using the weight before normalisation. Untie it, or leave it out of select."
+        )
+
+
+def _opaque_parents(weight: Weight, model: nn.Module, graph: fx.Graph) -> list[str]:
+    """The modules around the owners of a weight that stand in the graph as one call."""
+    called = {node.target for node in graph.nodes if node.op == "call_module"}
+    parents = (
+        ".".join(parts[:depth])
+        for parts in (module.split(".") for module in weight.modules)
+        for depth in range(1, len(parts))
+    )
+    return [f"{p!r} ({type(model.get_submodule(p)).__name__})" for p in parents if p in called]
+
+
+def inline(node: fx.Node, model: nn.Module) -> None:
+    """Replace the call of a layer by the operations of its forward, the parameters as ``get_attr``.
+
+    Args:
+        node: A ``call_module`` of one of `KINDS`.
+        model: The module tree of its graph.
+
+    Raises:
+        ValueError: The layer has forward hooks, which no graph can keep.
+        TraceError: Its forward depends on the values or sizes it is given (``output_size``).
+    """
+    graph, fqn = node.graph, str(node.target)
+    layer = model.get_submodule(fqn)
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise ValueError(
+            f"{fqn!r} ({type(layer).__name__}) has forward hooks, which would not fire in the graph. "
+            f"Remove them, or leave it out with select={{{fqn!r}: None, ...}}."
+        )
+    tracer = GraphAppendingTracer(graph)
+    stand_in = copy.copy(layer)
+    stand_in._parameters, stand_in._buffers = {}, {}
+    known = set(graph.nodes)
+    with graph.inserting_before(node):
+        for name, tensor in (layer._parameters | layer._buffers).items():
+            stand_in.__dict__[name] = (
+                None if tensor is None else fx.Proxy(graph.get_attr(f"{fqn}.{name}"), tracer)
+            )
+        to_proxy: Any = lambda argument: fx.Proxy(argument, tracer)  # noqa: E731
+        args: Any = fx.node.map_arg(node.args, to_proxy)
+        kwargs: Any = fx.node.map_arg(node.kwargs, to_proxy)
+        try:
+            output = type(layer).forward(stand_in, *args, **kwargs)
+        except TraceError as error:
+            raise TraceError(
+                f"The call of {fqn!r} ({type(layer).__name__}) cannot be followed: {error}. "
+                f"A call with output_size depends on the input's size: give the layer an output_padding "
+                f"instead, or leave it out with select={{{fqn!r}: None, ...}}."
+            ) from error
+    for new in graph.nodes:
+        if new not in known:
+            new.meta = copy.copy(node.meta)
+    node.replace_all_uses_with(output.node)
+    graph.erase_node(node)

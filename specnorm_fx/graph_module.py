@@ -1,0 +1,188 @@
+"""SpectralNormGraphModule: what `transform` returns, a GraphModule that keeps the model's whole state."""
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.graph_module import reduce_graph_module
+
+from specnorm_fx import checkpoint, reference
+from specnorm_fx.config import SpectralNormConfig
+from specnorm_fx.module import SpectralNorm
+
+__all__ = ["Site", "SpectralNormGraphModule", "attribute", "names_of", "resolve", "spectral_norm_node"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One normalised weight of a transformed model.
+
+    Attributes:
+        fqn: The parameter's FQN.
+        names: All its FQNs, ``fqn`` first; more than one for a tied weight.
+        config: Its options, ``dim`` resolved.
+        weight: The stored parameter, before division by sigma.
+        u: Its left vector ``[m]``, a buffer.
+        v: Its right vector ``[n]``, a buffer.
+    """
+
+    fqn: str
+    names: tuple[str, ...]
+    config: SpectralNormConfig
+    weight: Tensor
+    u: Tensor
+    v: Tensor
+
+    def matrix(self) -> Tensor:
+        """The stored weight as in `reference.weight_matrix`, detached."""
+        return reference.weight_matrix(self.weight.detach(), self.config.dim or 0)
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """U and v in the dtype of `matrix`."""
+        dtype = reference.compute_dtype(self.weight)
+        return self.u.to(dtype), self.v.to(dtype)
+
+
+class SpectralNormGraphModule(fx.GraphModule):
+    """A GraphModule whose graph normalises weights through one `SpectralNorm` call.
+
+    It differs from a plain ``fx.GraphModule`` in
+
+    1. it keeps every module, parameter and buffer of the model it was captured from, used in the graph
+       or not, of the types they were: ``state_dict`` has the same keys plus u and v, and
+       ``apply(init_weights)`` still finds the layers. Only the graph runs: calling such a layer by
+       hand uses its stored weight, and its forward hooks do not fire;
+    2. all of that, and the class itself, survives ``deepcopy`` and ``pickle``;
+    3. ``load_state_dict`` reads every layout of `specnorm_fx.convert_state_dict`; where u and v are
+       not in the checkpoint they converge to the loaded weight.
+
+    Args:
+        root: Module tree to keep; its objects are taken over, not copied.
+        graph: The graph over that tree.
+        class_name: Shown by ``repr``; the original model's.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str) -> None:
+        super().__init__(root, graph, class_name)
+        # GraphModule registers plain tensors of the root (constants met in the trace) as buffers.
+        constants = self._buffers.keys() - root._buffers.keys()
+        self._parameters = dict(root._parameters)
+        self._modules = dict(root._modules)
+        self._buffers = dict(root._buffers) | {name: self._buffers[name] for name in constants}
+        self._non_persistent_buffers_set = set(root._non_persistent_buffers_set) | constants
+
+    def sites(self) -> list[Site]:
+        """The normalised weights, in the order of the graph."""
+        node = spectral_norm_node(self)
+        if node is None:
+            return []
+        configs: Any = self.get_submodule(node.target).configs
+        found = []
+        for weight, u, v, config in zip(*node.args, configs, strict=True):
+            names = names_of(self, attribute(self, weight.target))
+            tensors = (attribute(self, n.target) for n in (weight, u, v))
+            found.append(Site(weight.target, names, config, *tensors))
+        return found
+
+    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
+        # At the root, before the children load: each of them sees only its own keys.
+        for site in self.sites():
+            for name in site.names[1:]:
+                checkpoint.adapt_(state_dict, prefix + name)
+                for key in (f"{prefix}{name}_u", f"{prefix}{name}_v"):
+                    state_dict.pop(key, None)  # u and v stand beside the first name only
+            stale = checkpoint.adapt_(state_dict, prefix + site.fqn)
+            if stale is not None:
+                u, v = _converged(site, *stale)
+                state_dict[f"{prefix}{site.fqn}_u"] = u
+                state_dict[f"{prefix}{site.fqn}_v"] = v
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _deepcopy_init(self) -> Any:
+        name = type(self).__name__
+        return lambda copy, root, graph: SpectralNormGraphModule.__init__(copy, root, graph, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, (body, imports) = super().__reduce__()
+        return _rebuild, (body, imports, type(self).__name__)
+
+
+def _rebuild(body: dict[str, Any], imports: str, class_name: str) -> SpectralNormGraphModule:
+    """Unpickle: GraphModule stores code and traces it again, but drops what the graph does not use."""
+    root = nn.Module()
+    root.__dict__.update(body)
+    graph: Any = reduce_graph_module(body, imports).graph
+    return SpectralNormGraphModule(root, graph, class_name)
+
+
+def _converged(site: Site, loaded: Tensor, loaded_u: Tensor | None) -> tuple[Tensor, Tensor]:
+    if loaded.shape != site.weight.shape:
+        return site.u, site.v  # PyTorch reports the weight
+    weight = loaded.detach().to(site.weight)
+    weight_mat = reference.weight_matrix(weight, site.config.dim or 0)
+    u, v = site.vectors()
+    if loaded_u is not None and loaded_u.shape == u.shape:
+        u = loaded_u.to(u)
+    return reference.converge(weight_mat, u, v, site.config.eps)
+
+
+def spectral_norm_node(gm: fx.GraphModule) -> Any:
+    """The call of `SpectralNorm` in a graph.
+
+    Args:
+        gm: Any GraphModule.
+
+    Returns:
+        The ``fx.Node``, of which there is at most one, or ``None``.
+    """
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and isinstance(gm.get_submodule(node.target), SpectralNorm):
+            return node
+    return None
+
+
+def attribute(module: nn.Module, fqn: str) -> Any:
+    """What a ``get_attr`` node reads.
+
+    Args:
+        module: The module tree of its graph.
+        fqn: The node's target.
+    """
+    owner, _, name = fqn.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def names_of(module: nn.Module, parameter: Tensor) -> tuple[str, ...]:
+    """All FQNs of a parameter, in module order.
+
+    Args:
+        module: The module tree.
+        parameter: The parameter, found by identity.
+    """
+    named = module.named_parameters(remove_duplicate=False)
+    return tuple(name for name, p in named if p is parameter)
+
+
+def resolve(model: nn.Module) -> SpectralNormGraphModule:
+    """The transformed model itself, also inside ``torch.compile``, DDP, AveragedModel or a parent.
+
+    Args:
+        model: The transformed model, or a module that holds it.
+
+    Raises:
+        TypeError: ``model`` holds no transformed model, or more than one.
+    """
+    found = list(_transformed(model))
+    if len(found) != 1:
+        what = "no transformed model" if not found else f"{len(found)} transformed models"
+        raise TypeError(
+            f"{type(model).__name__} holds {what}, and this function works on one. "
+            f"specnorm_fx.transform(model) makes one."
+        )
+    return found[0]
+
+
+def _transformed(model: Any) -> Iterator[SpectralNormGraphModule]:
+    if isinstance(model, nn.Module):
+        yield from (m for m in model.modules() if isinstance(m, SpectralNormGraphModule))

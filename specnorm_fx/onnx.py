@@ -1,0 +1,330 @@
+"""Export to ONNX, frozen and verified. The only file that imports onnx and onnxruntime.
+
+``export`` freezes, so that the file has the nodes of the same model without spectral norm, and lets a
+file stand at its path only after ``verify`` has passed.
+"""
+
+import contextlib
+import importlib
+import logging
+import os
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from specnorm_fx.freeze import freeze
+from specnorm_fx.graph_module import resolve
+
+__all__ = ["Verification", "VerificationError", "export", "verify"]
+
+Args: TypeAlias = "Tensor | tuple[Any, ...]"
+
+# Outputs may differ by this many machine epsilons, relative to the largest value of the output: a sum
+# of n products in another order differs by about sqrt(n) of them, and layers add up.
+TOLERANCE = 128
+
+
+class VerificationError(RuntimeError):
+    """An ONNX file does not compute what the model computes."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A file that agrees with its model.
+
+    Attributes:
+        path: The file.
+        batches: On how many batches it was compared.
+        max_abs_error: The largest difference of any output value.
+        max_rel_error: The largest difference relative to the largest value of its output.
+        rtol: What ``max_rel_error`` was held to.
+        nodes: How many nodes of each operator the graph has.
+    """
+
+    path: Path
+    batches: int
+    max_abs_error: float
+    max_rel_error: float
+    rtol: float
+    nodes: dict[str, int]
+
+    def __str__(self) -> str:
+        nodes = ", ".join(f"{count} {name}" for name, count in sorted(self.nodes.items()))
+        return (
+            f"{self.path}: {nodes}\n"
+            f"agrees with the model on {self.batches} batches: max abs error {self.max_abs_error:.2e}, "
+            f"max relative error {self.max_rel_error:.2e} (limit {self.rtol:.2e})"
+        )
+
+
+def export(
+    model: nn.Module,
+    args: Args,
+    path: str | os.PathLike[str],
+    *,
+    dynamic_batch: bool = False,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset_version: int | None = None,
+    n_batches: int = 3,
+    rtol: float | None = None,
+) -> Verification:
+    """Write a transformed model to an ONNX file, its weights frozen, and verify the file.
+
+    The graph has the nodes of the same model without spectral norm, and initializers have the
+    parameters' names (a matrix that the exporter stores transposed for MatMul, too). The file appears
+    at ``path`` only when it has passed `verify` on random batches of the shapes of ``args``, of other
+    batch sizes as well where the batch is dynamic; integer inputs are drawn from the values in ``args``.
+
+    Args:
+        model: A transformed model in eval mode, or what `specnorm_fx.freeze` made of one.
+        args: Example inputs: one tensor, or a tuple of positional arguments.
+        path: The file to write; an existing one is replaced. Above 1.5 GiB of weights they go into
+            ``path`` + ``.data``.
+        dynamic_batch: The first dimension of every input tensor is free, under the name ``batch``.
+        dynamic_shapes: Instead of ``dynamic_batch``: as in ``torch.export.export``.
+        input_names: Names of the graph's inputs; by default those of the forward's arguments.
+        output_names: Names of its outputs.
+        opset_version: The ONNX opset; by default the exporter's.
+        n_batches: How many random batches to verify on.
+        rtol: As in `verify`.
+
+    Returns:
+        What was compared, and the nodes written.
+
+    Raises:
+        ImportError: The extra ``onnx`` is not installed.
+        TypeError: ``model`` holds no transformed model.
+        ValueError: Both ``dynamic_batch`` and ``dynamic_shapes`` are given, or ``args`` hold no tensor.
+        RuntimeError: It is in training mode.
+        OSError: ``path`` cannot be written.
+        VerificationError: The file does not agree with the model; none is left behind.
+    """
+    _require("onnx", "onnxscript", "onnxruntime")
+    args = args if isinstance(args, tuple) else (args,)
+    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise ValueError("args must hold at least one tensor, the example input.")
+    if dynamic_batch:
+        if dynamic_shapes is not None:
+            raise ValueError("export takes dynamic_batch or dynamic_shapes, not both.")
+        batch = torch.export.Dim("batch")
+        dynamic_shapes = pytree.tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None, args)
+    _refuse_training(model)
+    gm = resolve(model)
+    frozen = freeze(gm) if gm.sites() else gm
+
+    target = Path(path)
+    with _folder_beside(target) as folder:
+        with _quiet_exporter():
+            program: Any = torch.onnx.export(
+                frozen,
+                args,
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes=dynamic_shapes,
+                input_names=input_names,
+                output_names=output_names,
+                opset_version=opset_version,
+            )
+        _name_initializers_(program.model, frozen)
+        _drop_stack_traces_(program.model)
+        written = folder / target.name
+        program.save(written)
+        batches = _random_batches(args, n_batches, dynamic_batch)
+        verification = verify(written, gm, batches, rtol=rtol)
+        # The weights first: the graph must never stand there without them.
+        for file in sorted(folder.iterdir(), key=lambda file: file == written):
+            file.replace(target.parent / file.name)
+    return replace(verification, path=target)
+
+
+def verify(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    inputs: "Args | Sequence[Args]",
+    *,
+    rtol: float | None = None,
+) -> Verification:
+    """Hold an ONNX file against a model: ``onnx.checker``, then ONNX Runtime against eager outputs.
+
+    Args:
+        path: The file.
+        model: Any module in eval mode, transformed or not.
+        inputs: One batch (a tensor, or a tuple of positional arguments) or a list of them.
+        rtol: The largest difference allowed, relative to the largest value of the output; by default
+            128 machine epsilons of the output's dtype (1.5e-5 in fp32).
+
+    Returns:
+        The largest differences found.
+
+    Raises:
+        ImportError: The extra ``onnx`` is not installed.
+        FileNotFoundError: There is no such file.
+        ValueError: ``inputs`` is empty.
+        RuntimeError: ``model`` is in training mode.
+        VerificationError: The file is no valid ONNX, its inputs or outputs are others, or a value
+            differs by more than ``rtol``; the message has the figures.
+    """
+    onnx, onnxruntime = _require("onnx", "onnxruntime")
+    _refuse_training(model)
+    batches = [b if isinstance(b, tuple) else (b,) for b in _as_list(inputs)]
+    if not batches:
+        raise ValueError("inputs must hold at least one batch.")
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no ONNX file {path}.")
+    try:
+        onnx.checker.check_model(path, full_check=True)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # both libraries raise types of their own, directly under Exception
+        raise VerificationError(f"{path} is not a valid ONNX model: {error}") from error
+
+    worst_abs = worst_rel = limit = 0.0
+    for number, batch in enumerate(batches):
+        outputs = _run(session, path, batch)
+        with torch.no_grad():
+            expected = [t for t in pytree.tree_leaves(model(*batch)) if isinstance(t, Tensor)]
+        if len(outputs) != len(expected):
+            raise VerificationError(f"{path} has {len(outputs)} outputs, and the model has {len(expected)}.")
+        for output, (got, want) in enumerate(zip(outputs, expected, strict=True)):
+            abs_error, rel_error = _errors(path, got, want.cpu())
+            limit = rtol if rtol is not None else TOLERANCE * torch.finfo(want.dtype).eps
+            # Written so that NaN fails.
+            if not rel_error <= limit:
+                raise VerificationError(
+                    f"{path} disagrees with {type(model).__name__} on batch {number}, output {output}: max "
+                    f"abs error {abs_error:.3e}, max relative error {rel_error:.3e}, limit {limit:.3e}."
+                )
+            worst_abs, worst_rel = max(worst_abs, abs_error), max(worst_rel, rel_error)
+    nodes = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+    return Verification(path, len(batches), worst_abs, worst_rel, limit, dict(nodes))
+
+
+def _run(session: Any, path: Path, batch: tuple[Any, ...]) -> list[np.ndarray]:
+    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    names = [node.name for node in session.get_inputs()]
+    if len(names) != len(tensors):
+        raise VerificationError(
+            f"{path} takes {len(names)} inputs ({', '.join(names)}), and the batch has {len(tensors)}."
+        )
+    feeds = {name: t.detach().cpu().numpy() for name, t in zip(names, tensors, strict=True)}
+    try:
+        outputs: list[np.ndarray] = session.run(None, feeds)
+    except Exception as error:  # onnxruntime raises types of its own, directly under Exception
+        raise VerificationError(f"ONNX Runtime cannot run {path}: {error}") from error
+    return outputs
+
+
+def _errors(path: Path, got: np.ndarray, want: Tensor) -> tuple[float, float]:
+    if got.shape != tuple(want.shape):
+        raise VerificationError(
+            f"{path} gives an output of shape {got.shape}, and the model {tuple(want.shape)}."
+        )
+    truth = want.numpy().astype(np.float64)
+    error = float(np.abs(got.astype(np.float64) - truth).max(initial=0.0))
+    scale = float(np.abs(truth).max(initial=0.0))
+    return error, error / scale if scale else error
+
+
+def _random_batches(args: tuple[Any, ...], n_batches: int, dynamic_batch: bool) -> list[tuple[Any, ...]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def redrawn(leaf: Any, size: int | None) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        shape = leaf.shape if size is None or not leaf.ndim else (size, *leaf.shape[1:])
+        if leaf.is_floating_point():
+            return torch.randn(shape, generator=generator).to(leaf)
+        # Labels and masks: only the values of the example are known to be valid.
+        index = torch.randint(leaf.numel(), shape, generator=generator)
+        return leaf.flatten()[index.to(leaf.device)]
+
+    sizes = [number + 1 if dynamic_batch else None for number in range(n_batches)]
+    return [pytree.tree_map(lambda leaf, size=size: redrawn(leaf, size), args) for size in sizes]
+
+
+def _name_initializers_(model: Any, frozen: fx.GraphModule) -> None:
+    """Give a matrix that the exporter folded into its transpose the name of its parameter, in place."""
+    taken = set(model.graph.initializers)
+    missing = {
+        name: parameter.detach().cpu().numpy()
+        for name, parameter in frozen.named_parameters()
+        if name not in taken and parameter.ndim == 2 and parameter.dtype != torch.bfloat16
+    }
+    for value in list(model.graph.initializers.values()):
+        array = value.const_value.numpy()
+        for name, parameter in missing.items():
+            if array.shape == parameter.shape[::-1] and np.array_equal(array, parameter.T):
+                value.name = name
+                del missing[name]
+                break
+
+
+def _drop_stack_traces_(model: Any) -> None:
+    """The paths and source lines of the exporting machine have no place in a deployed file, in place."""
+    for node in model.graph:
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+
+
+@contextlib.contextmanager
+def _folder_beside(target: Path) -> Iterator[Path]:
+    """A temporary folder on the file system of the target, so that moving into place is atomic."""
+    try:
+        if target.is_dir():
+            raise IsADirectoryError("it is a folder")
+        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise type(error)(
+            f"The ONNX file {target} cannot be written: {error}. Give the path of a file in an existing, "
+            f"writable folder."
+        ) from error
+    with folder as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without what torch.onnx says about itself: each message here was seen with torch 2.13."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)  # "torchvision is not installed. Skipping ..."
+    try:
+        with warnings.catch_warnings():
+            # The exporter uses what torch.utils._pytree has deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            # Several inputs with one dynamic batch share its name, which is meant.
+            warnings.filterwarnings("ignore", message="# The axis name: batch will not be used")
+            yield
+    finally:
+        registration.setLevel(level)
+
+
+def _refuse_training(model: nn.Module) -> None:
+    if any(module.training for module in model.modules()):
+        raise RuntimeError(
+            f"{type(model).__name__} is in training mode, and the file would hold what one training step "
+            f"computes. Call .eval() first."
+        )
+
+
+def _as_list(inputs: Any) -> list[Any]:
+    return list(inputs) if isinstance(inputs, list) else [inputs]
+
+
+def _require(*names: str) -> list[Any]:
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        raise ImportError(f"specnorm_fx.onnx needs {error.name}: pip install 'specnorm-fx[onnx]'.") from error

@@ -1,0 +1,416 @@
+"""The rewrite: `SpectralNormPass`, and `transform`, which captures a model and runs it."""
+
+import copy
+import itertools
+import logging
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.nn.parameter import is_lazy
+
+from specnorm_fx import capture, reference
+from specnorm_fx.adopt import TorchSN, find_torch_sn
+from specnorm_fx.capture import CONVOLUTIONS, TRANSPOSED, Weight
+from specnorm_fx.config import Select, Selectable, Selection, SpectralNormConfig
+from specnorm_fx.graph_module import SpectralNormGraphModule, attribute, spectral_norm_node
+from specnorm_fx.module import SpectralNorm
+
+__all__ = ["SpectralNormPass", "transform"]
+
+logger = logging.getLogger(__name__)
+
+# What is normalised when nothing is selected.
+DEFAULT_KINDS = (nn.Linear, *CONVOLUTIONS)
+
+
+def transform(
+    model: nn.Module,
+    select: Select = None,
+    *,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+    update: str = "forward",
+    order: str = "uv",
+    **unknown: Any,
+) -> SpectralNormGraphModule:
+    """Normalise weights of a model by their spectral norm, in a graph.
+
+    The result shares the parameters and buffers of ``model`` (an optimizer built before stays valid)
+    and has the same names, with ``weight_u`` and ``weight_v`` beside each normalised ``weight``.
+    ``model`` itself is left as it is. Call it before ``torch.compile`` and before DDP.
+
+    Equivalent to ``torch.nn.utils.parametrizations.spectral_norm`` on each selected layer (same start
+    for the same seed, bit-identical on the CPU). It differs in that every weight iterates once per
+    training forward of the model, however often it is used, and that a tied weight is normalised for
+    all its users; see `specnorm_fx.reference` for tiny and half-precision weights.
+
+    Args:
+        model: A model that ``torch.fx.symbolic_trace`` can follow, or any ``fx.GraphModule`` (that of
+            ``torch.export.export(...).module()`` too). A model that carries torch's spectral norm,
+            either API, continues with its u, v and options.
+        select: What to normalise: a module type or a tuple of types; a glob on the FQN of a module or
+            weight (``"blocks.*"``) or ``"re:..."``; a callable ``(module, fqn) -> bool``; a list of
+            these; or a mapping from these to `SpectralNormConfig` or ``None`` (skip), of which the
+            first match wins (and which replaces the options of torch's spectral norm, too). ``None``:
+            the weights that already carry spectral norm, if there are any; otherwise every Linear, Conv
+            and ConvTranspose.
+        n_power_iterations: This and the others are the defaults of `SpectralNormConfig`.
+        eps: As there.
+        dim: As there.
+        update: As there.
+        order: As there.
+        **unknown: Anything else is refused.
+
+    Returns:
+        The transformed model. A model on which nothing is left to do comes back as it is.
+
+    Raises:
+        TypeError: An unknown option, a ``select`` of no supported form, or a model of no supported kind.
+        ValueError: A pattern that matches nothing, nothing to normalise, an option out of range, or a
+            weight that cannot be normalised (lazy, meta, quantized, sparse, NaN or inf).
+        IndexError: ``dim`` is out of range for a weight.
+        TraceError: Symbolic trace cannot follow the model.
+    """
+    options = {
+        "n_power_iterations": n_power_iterations,
+        "eps": eps,
+        "dim": dim,
+        "update": update,
+        "order": order,
+    }
+    rewrite = SpectralNormPass(select, **options, **unknown)
+    _check_supported(model)
+    transformed: SpectralNormGraphModule = rewrite.rewrite(model).graph_module
+    return transformed
+
+
+class SpectralNormPass(PassBase):
+    """The rewrite as a pass for ``torch.fx.passes.infra.pass_manager.PassManager``.
+
+    1. A selected layer called as a module is opened into its operations.
+    2. All ``get_attr`` nodes of a selected weight give way to one, at the head of the graph, which runs
+       with u and v through the one ``call_module`` of a `SpectralNorm`; its outputs take their place.
+    3. u and v become the buffers ``<weight>_u`` and ``<weight>_v`` beside the weight.
+    4. A weight that torch's spectral norm already normalises is taken over with u, v and options; one
+       that this pass has normalised before is left alone.
+    5. All else stays: nodes, their order and ``meta``.
+
+    The pass does not modify its input: go on with ``PassResult.graph_module``. ``modified`` is False,
+    and the module the one that came in, when every selected weight was normalised before.
+
+    Order: before passes that fuse or fold weights (conv + batch norm fusion, quantization), since what
+    they fold would no longer be ``W / sigma``.
+
+    Args:
+        select: As in `transform`.
+        **options: As in `transform`.
+
+    Raises:
+        TypeError: See `transform`.
+        ValueError: See `transform`.
+    """
+
+    def __init__(self, select: Select = None, **options: Any) -> None:
+        self.default = SpectralNormConfig.from_options(options)
+        # Checked now, so that a malformed pattern is reported where it was written.
+        self.selection = None if select is None else Selection(select, self.default)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Run the pass; see the class. Raises what `transform` raises."""
+        return self.rewrite(graph_module)
+
+    def rewrite(self, model: nn.Module) -> PassResult:
+        """As `call`, for a model that has not been traced yet as well."""
+        # 1. A copy of the structure that shares the tensors: whatever fails below, `model` is whole.
+        root = capture.share(model)
+
+        # 2. Torch's own spectral norm on selected weights is taken off the copy.
+        adopted = self._adopt_(root)
+
+        # 3. The graph, and the weights that it uses.
+        traced = isinstance(root, fx.GraphModule)
+        graph: Any = root.graph if traced else capture.symbolic_trace(root)
+        weights = capture.find_weights(root, graph)
+
+        # 4. Those to normalise that are not normalised yet.
+        done = _normalized_fqns(root)
+        chosen = self._choose(weights, done, adopted, root, graph)
+        if not chosen:
+            logger.info("every selected weight is normalised already: nothing to do")
+            return PassResult(model, False)
+
+        # 5. The new module, the chosen layers opened, u and v in place.
+        for weight, _ in chosen:
+            for node in weight.nodes:
+                if node.op == "call_module":
+                    capture.inline(node, root)
+        gm = SpectralNormGraphModule(root, graph, type(model).__name__)
+        for weight, config in chosen:
+            _register_vectors_(gm, weight, config, _theirs(weight, adopted))
+
+        # 6. Every use of each weight goes through the one call.
+        route_(gm, [(weight.fqn, config) for weight, config in chosen])
+        return PassResult(gm, True)
+
+    def _adopt_(self, root: nn.Module) -> dict[str, TorchSN]:
+        """Strip the selected weights of torch's spectral norm; what they carried, by FQN."""
+        found = find_torch_sn(root)
+        if self.selection is not None:
+            found = {fqn: sn for fqn, sn in found.items() if self._rule_config(sn) is not None}
+        for sn in found.values():
+            sn.strip_()
+        return found
+
+    def _rule_config(self, weight: Selectable) -> SpectralNormConfig | None:
+        rule = self.selection.rule_for(weight) if self.selection is not None else None
+        return rule.config if rule is not None else None
+
+    def _choose(
+        self,
+        weights: list[Weight],
+        done: set[str],
+        adopted: dict[str, TorchSN],
+        root: nn.Module,
+        graph: fx.Graph,
+    ) -> list[tuple[Weight, SpectralNormConfig]]:
+        """The weights to normalise now, with resolved options."""
+        if self.selection is not None:
+            self.selection.require_matches(weights)
+            wanted = [(w, config) for w in weights if (config := self._rule_config(w)) is not None]
+        elif done or adopted:
+            wanted = [(w, self.default) for w in weights if adopted.keys() & w.names]
+        else:
+            wanted = [(w, self.default) for w in weights if issubclass(w.kind, DEFAULT_KINDS)]
+
+        hidden = {w.fqn: capture.obstacle(w, root, graph) for w, _ in wanted if not w.nodes}
+        _refuse_hidden(adopted, weights, hidden)
+        if self.selection is not None:
+            self.selection.require_reached(weights, hidden)
+        if not done and len(hidden) == len(wanted):
+            skipped = "".join(f"\n    {fqn}: {why}" for fqn, why in hidden.items())
+            raise ValueError(
+                f"{type(root).__name__} has no weight to normalise. By default these are the weights of "
+                f"Linear, Conv and ConvTranspose layers; select others by pattern.{skipped}"
+            )
+        for fqn, why in hidden.items():
+            logger.warning("%s is not normalised: %s", fqn, why)
+
+        chosen = []
+        for weight, config in wanted:
+            if weight.fqn in done or weight.fqn in hidden:
+                continue
+            _check_weight(weight)
+            capture.refuse_opaque_users(weight, root, graph)
+            theirs = _theirs(weight, adopted)
+            if theirs is not None and config is self.default:
+                config = replace(theirs.config, update=self.default.update)
+            chosen.append((weight, _resolved(weight, config)))
+        return chosen
+
+
+def route_(gm: SpectralNormGraphModule, weights: Sequence[tuple[str, SpectralNormConfig]]) -> None:
+    """Run weights, beside those that already do, through the one `SpectralNorm` call, in place.
+
+    Args:
+        gm: Its graph reads the weights by ``get_attr``; u and v are registered.
+        weights: FQN and options of each.
+    """
+    weights = [*((site.fqn, site.config) for site in gm.sites()), *weights]
+    unroute_(gm)
+    graph = gm.graph
+    readers: dict[int, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        readers.setdefault(id(attribute(gm, node.target)), []).append(node)
+
+    name = _free_name(gm, "spectral_norm")
+    gm.add_module(name, SpectralNorm([config for _, config in weights]))
+    # Like any new module it starts in training mode; it follows the model from here on.
+    gm.get_submodule(name).train(gm.training)
+
+    # The weights' own nodes move to the head of the graph, so that all run through one call.
+    stored = []
+    for fqn, _ in weights:
+        first, *others = readers[id(attribute(gm, fqn))]
+        for other in others:
+            other.replace_all_uses_with(first)
+            graph.erase_node(other)
+        stored.append(first)
+    first_operation = next(n for n in graph.nodes if n.op != "placeholder" and n not in stored)
+    with graph.inserting_before(first_operation):
+        for node in stored:
+            first_operation.prepend(node)
+        us = [graph.get_attr(f"{fqn}_u") for fqn, _ in weights]
+        vs = [graph.get_attr(f"{fqn}_v") for fqn, _ in weights]
+        call = graph.call_module(name, (stored, us, vs))
+        for index, node in enumerate(stored):
+            normalized = graph.create_node(
+                "call_function", operator.getitem, (call, index), name=f"{node.name}_sn"
+            )
+            normalized.meta = copy.copy(node.meta)
+            node.replace_all_uses_with(normalized, delete_user_cb=lambda user: user is not call)
+    for fqn, config in weights:
+        logger.info("%s is normalised by its spectral norm: %s", fqn, config)
+    graph.lint()
+    gm.recompile()
+
+
+def unroute_(gm: SpectralNormGraphModule) -> None:
+    """Take the `SpectralNorm` call out of the graph: users read the weights themselves, in place."""
+    call = spectral_norm_node(gm)
+    if call is None:
+        return
+    weights, us, vs = call.args
+    for item in list(call.users):
+        item.replace_all_uses_with(weights[item.args[1]])
+        gm.graph.erase_node(item)
+    gm.graph.erase_node(call)
+    for node in (*us, *vs):
+        gm.graph.erase_node(node)
+    gm.delete_submodule(str(call.target))
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _register_vectors_(
+    gm: nn.Module, weight: Weight, config: SpectralNormConfig, adopted: TorchSN | None
+) -> None:
+    parameter = weight.parameter.detach()
+    owner = gm.get_submodule(weight.modules[0])
+    if adopted is None:
+        first_update = config.n_power_iterations if owner.training else 0
+        u, v = reference.initial_vectors(
+            parameter,
+            config.dim or 0,
+            config.eps,
+            reference.INITIAL_ITERATIONS + first_update,
+        )
+    else:
+        dtype = reference.compute_dtype(parameter)
+        u, v = (x.detach().to(dtype, copy=True) for x in (adopted.u, adopted.v))
+        m, n = reference.weight_matrix(parameter, config.dim or 0).shape
+        if (u.shape, v.shape) != ((m,), (n,)):
+            raise ValueError(
+                f"{weight.fqn!r} carries u and v of {len(u)} and {len(v)} elements, and dim={config.dim} "
+                f"needs {m} and {n}. Leave dim as it was."
+            )
+    name = weight.fqn.rpartition(".")[2]
+    for suffix, vector in (("_u", u), ("_v", v)):
+        if hasattr(owner, name + suffix):
+            raise ValueError(
+                f"{weight.fqn + suffix!r} is to hold a singular vector, and the module has an attribute "
+                f"of that name. Rename it."
+            )
+        owner.register_buffer(name + suffix, vector)
+
+
+def _theirs(weight: Weight, adopted: Mapping[str, TorchSN]) -> TorchSN | None:
+    return next((adopted[name] for name in weight.names if name in adopted), None)
+
+
+def _normalized_fqns(model: nn.Module) -> set[str]:
+    if not isinstance(model, SpectralNormGraphModule):
+        return set()
+    return {site.fqn for site in model.sites()}
+
+
+def _refuse_hidden(
+    adopted: Mapping[str, TorchSN], weights: Sequence[Weight], hidden: Mapping[str, str]
+) -> None:
+    """Torch's spectral norm was stripped from these, so each must find its place in the graph."""
+    known = {name: weight.fqn for weight in weights for name in weight.names}
+    for fqn in adopted:
+        why = hidden.get(known[fqn]) if fqn in known else "not the weight of a supported layer"
+        if why is not None:
+            raise ValueError(
+                f"{fqn!r} carries torch's spectral norm and cannot be taken over: {why}. Select the "
+                f"others by name, select=['...', ...], which leaves torch's own on this one."
+            )
+
+
+def _resolved(weight: Weight, config: SpectralNormConfig) -> SpectralNormConfig:
+    """The configuration with ``dim`` as a position in the weight."""
+    ndim = weight.parameter.ndim
+    dim = config.dim
+    if dim is None:
+        dim = 1 if issubclass(weight.kind, TRANSPOSED) else 0
+    if not -ndim <= dim < ndim:
+        raise IndexError(
+            f"dim={dim} is out of range for {weight.fqn!r} ({weight.kind.__name__}) of {ndim} dimensions: "
+            f"it must be in [{-ndim}, {ndim - 1}], or None for the layer's output dimension."
+        )
+    return replace(config, dim=dim % ndim)
+
+
+def _check_supported(model: Any) -> None:
+    """Refuse what is no plain model or GraphModule, and say what to pass instead."""
+    kind = type(model).__name__
+    if isinstance(model, torch.export.ExportedProgram):
+        raise TypeError(f"transform takes a module, got an {kind}: pass its .module().")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"transform takes a torch.nn.Module, got {kind}.")
+    inner = [fqn for fqn, m in model.named_modules() if fqn and isinstance(m, SpectralNormGraphModule)]
+    if inner:
+        raise TypeError(
+            f"{kind} holds a model that is transformed already, {inner[0]!r}. Transform the whole before its "
+            f"parts, or the other parts one by one."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"transform cannot rewrite TorchScript ({kind}): pass the Python module.")
+    wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    if wrapped or hasattr(model, "_orig_mod"):  # the latter is torch.compile's
+        raise TypeError(
+            f"transform comes before {kind}: transform the module inside, then wrap the result again."
+        )
+
+
+def _check_weight(weight: Weight) -> None:
+    """Refuse a weight that has no spectral norm, or none yet."""
+    parameter, layer = weight.parameter, weight.module
+    where = f"{weight.fqn!r} ({weight.kind.__name__})"
+    leave_out = f"or leave it out with select={{{weight.modules[0]!r}: None, ...}}"
+    if is_lazy(parameter):
+        raise ValueError(
+            f"{where} is lazy and has no shape yet. Run the model once on an example, {leave_out}."
+        )
+    if parameter.is_meta:
+        raise ValueError(
+            f"{where} is on the meta device and has no values. Materialise it (to_empty, then load or "
+            f"initialise), {leave_out}."
+        )
+    if parameter.is_quantized or parameter.layout != torch.strided:
+        form = "quantized" if parameter.is_quantized else f"sparse ({parameter.layout})"
+        raise ValueError(
+            f"{where} is {form}, and spectral norm needs a dense weight. Transform before quantization "
+            f"or sparsification, {leave_out}."
+        )
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        raise ValueError(
+            f"{where} has dtype {parameter.dtype}, and spectral norm needs a floating or complex one: "
+            f"convert it, {leave_out}."
+        )
+    if parameter.ndim < 2 or parameter.numel() == 0:
+        raise ValueError(
+            f"{where} has shape {list(parameter.shape)}, and spectral norm needs a non-empty matrix or "
+            f"more: {leave_out.removeprefix('or ')}."
+        )
+    if not torch.isfinite(parameter).all():
+        raise ValueError(
+            f"{where} contains NaN or inf. Initialise it or load a good checkpoint first, {leave_out}."
+        )
+    if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse):
+        option = "sparse=True" if layer.sparse else "max_norm"
+        raise ValueError(
+            f"{where} has {option}, which works on the stored weight and not on W / sigma. Build it "
+            f"without, {leave_out}."
+        )
+
+
+def _free_name(module: nn.Module, name: str) -> str:
+    numbered = (f"{name}_{number}" for number in itertools.count(1))
+    return next(n for n in itertools.chain([name], numbered) if not hasattr(module, n))

@@ -1,0 +1,296 @@
+"""The mathematics of spectral norm in plain ATen, readable alone; the oracle for everything faster.
+
+Miyato et al., "Spectral Normalization for Generative Adversarial Networks", arXiv:1802.05957.
+
+Letters used throughout the library: a weight is seen as the matrix ``W`` of shape ``[m, n]``, ``m``
+the output side (the dimension ``dim``), ``n`` everything else flattened; ``u`` ``[m]`` and ``v``
+``[n]`` approximate its first left and right singular vectors, and ``sigma = u^H W v`` its largest
+singular value.
+
+Equivalent to ``torch.nn.utils.parametrizations.spectral_norm`` (and bit-identical to it on the CPU
+for unit ``u``, ``v`` and a weight above ``eps``): the same operations in the same order. It differs in
+
+1. nothing is updated in place: new ``u`` and ``v`` are returned;
+2. a product no longer than ``eps`` carries no direction: the vector keeps the one it had, where
+   torch divides by ``eps`` and lets the vector decay to zero;
+3. a weight whose ``|sigma|`` is no larger than ``eps`` is left as it is, where torch gives NaN;
+4. stored vectors that are not of unit length (averaged buffers, say) are rescaled, so that sigma
+   is ``u^H W v / (|u| |v|)``;
+5. fp16 and bf16 weights are iterated and divided in fp32, with autocast off, and the result is
+   rounded once to the weight's dtype.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "INITIAL_ITERATIONS",
+    "compute_dtype",
+    "converge",
+    "initial_vectors",
+    "normalized",
+    "power_iteration",
+    "residual",
+    "sigma",
+    "singular_vectors",
+    "unit",
+    "weight_matrix",
+]
+
+# torch's own number of iterations when spectral norm is put on a weight (_SpectralNorm.__init__). In
+# training mode torch adds one update: registering a parametrization reads the weight once.
+INITIAL_ITERATIONS = 15
+
+# Power iteration that is to converge stops once sigma moves by less than this, relatively, in one
+# step: for the usual gaps between singular values sigma is then right to about ten times as much.
+CONVERGENCE_TOLERANCE = 1e-6
+MAX_ITERATIONS = 1000
+
+# |x| within this many machine epsilons of 1 counts as unit length. Rounding alone leaves the norm of
+# a freshly normalised vector a few epsilons off, and rescaling that again would only change bits.
+UNIT_TOLERANCE = 16
+
+
+def weight_matrix(weight: Tensor, dim: int) -> Tensor:
+    """The weight as a matrix in the dtype that spectral norm is computed in.
+
+    Args:
+        weight: ``[..., m at position dim, ...]``, at least two dimensions, any floating or complex
+            dtype.
+        dim: Position of the output dimension, ``0 <= dim < weight.ndim``.
+
+    Returns:
+        ``[m, n]``; fp32 for an fp16 or bf16 weight, else the weight's dtype. A view where the layout
+        allows it (``dim=0`` of a contiguous weight), else a copy.
+    """
+    weight = weight.to(compute_dtype(weight))
+    if dim != 0:
+        weight = weight.permute(dim, *(d for d in range(weight.ndim) if d != dim))
+    return weight.flatten(1)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that spectral norm is computed in, and that u and v are kept in.
+
+    Args:
+        weight: Any shape, floating or complex.
+
+    Returns:
+        fp32 for fp16 and bf16, whose range and rounding would spoil the norms, else the weight's own.
+    """
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if half else weight.dtype
+
+
+@torch.no_grad()
+def initial_vectors(
+    weight: Tensor, dim: int, eps: float, n_power_iterations: int = INITIAL_ITERATIONS
+) -> tuple[Tensor, Tensor]:
+    """Random u and v after some power iterations, drawn as torch draws them.
+
+    u, then v, from the global generator of the weight's device and in the weight's dtype, so that the
+    same seed gives the same start as ``torch.nn.utils.parametrizations.spectral_norm``.
+
+    Args:
+        weight: As in `weight_matrix`.
+        dim: As in `weight_matrix`.
+        eps: Norms up to this count as zero.
+        n_power_iterations: How many.
+
+    Returns:
+        u ``[m]`` and v ``[n]`` of unit length, in the dtype of `weight_matrix`.
+    """
+    weight_mat = weight_matrix(weight, dim)
+    m, n = weight_mat.shape
+    u = weight.new_empty(m).normal_(0, 1).to(weight_mat.dtype)
+    v = weight.new_empty(n).normal_(0, 1).to(weight_mat.dtype)
+    u = torch.nn.functional.normalize(u, dim=0, eps=eps)
+    v = torch.nn.functional.normalize(v, dim=0, eps=eps)
+    return power_iteration(weight_mat, u, v, n_power_iterations, eps)
+
+
+@torch.no_grad()
+def power_iteration(
+    weight_mat: Tensor, u: Tensor, v: Tensor, n_power_iterations: int, eps: float, order: str = "uv"
+) -> tuple[Tensor, Tensor]:
+    """``n_power_iterations`` steps of ``u = Wv / |Wv|``, ``v = W^H u / |W^H u|``.
+
+    Args:
+        weight_mat: ``[m, n]``.
+        u: ``[m]``, same dtype; used only to start from in the order ``"vu"``.
+        v: ``[n]``, same dtype.
+        n_power_iterations: How many.
+        eps: A product no longer than this leaves the vector as it is (a zero matrix must not turn u
+            and v into zeros, from which they could never recover).
+        order: ``"uv"``, or ``"vu"`` as the legacy hook ``torch.nn.utils.spectral_norm`` does.
+
+    Returns:
+        The new u and v, fresh tensors.
+    """
+    for _ in range(n_power_iterations):
+        if order == "vu":
+            v = _direction(torch.mv(weight_mat.H, u), v, eps)
+            u = _direction(torch.mv(weight_mat, v), u, eps)
+        else:
+            u = _direction(torch.mv(weight_mat, v), u, eps)
+            v = _direction(torch.mv(weight_mat.H, u), v, eps)
+    return u, v
+
+
+def _direction(product: Tensor, previous: Tensor, eps: float) -> Tensor:
+    norm = product.norm(2, dim=0, keepdim=True)
+    # A NaN norm compares false too, so one bad step of the weights does not poison the vectors.
+    return torch.where(norm > eps, product / norm, previous)
+
+
+@torch.no_grad()
+def converge(
+    weight_mat: Tensor,
+    u: Tensor,
+    v: Tensor,
+    eps: float,
+    order: str = "uv",
+    tol: float = CONVERGENCE_TOLERANCE,
+    max_iterations: int = MAX_ITERATIONS,
+) -> tuple[Tensor, Tensor]:
+    """Power iteration until sigma rests; waits for the device after every iteration.
+
+    Args:
+        weight_mat: ``[m, n]``.
+        u: ``[m]``, same dtype, where to start.
+        v: ``[n]``, likewise.
+        eps: As in `power_iteration`.
+        order: As in `power_iteration`.
+        tol: Stop when an iteration changes sigma by no more than this, relatively.
+        max_iterations: Stop here in any case (two close singular values converge slowly, but then
+            either serves).
+
+    Returns:
+        u and v of unit length.
+    """
+    before = torch.inf
+    for _ in range(max_iterations):
+        u, v = power_iteration(weight_mat, u, v, 1, eps, order)
+        size = sigma(weight_mat, u, v).abs().item()
+        if abs(size - before) <= tol * size:
+            break
+        before = size
+    return u, v
+
+
+@torch.no_grad()
+def unit(x: Tensor, eps: float) -> Tensor:
+    """``x / |x|``, with the bits of x kept where its length is 1 up to rounding; a fresh tensor.
+
+    Args:
+        x: ``[k]``.
+        eps: A vector no longer than this is returned as it is.
+
+    Returns:
+        ``[k]``, same dtype.
+    """
+    norm = x.norm(2, dim=0, keepdim=True)
+    off = (norm - 1).abs() > UNIT_TOLERANCE * torch.finfo(x.dtype).eps
+    return torch.where(off & (norm > eps), x / norm, x)
+
+
+def sigma(weight_mat: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """``u^H W v`` for unit u and v: differentiable in W, with u and v constant.
+
+    Args:
+        weight_mat: ``[m, n]``.
+        u: ``[m]``, same dtype.
+        v: ``[n]``, same dtype.
+
+    Returns:
+        ``[]``, same dtype (complex, with a negligible imaginary part, for a complex weight).
+    """
+    return torch.vdot(u, torch.mv(weight_mat, v))
+
+
+@torch.no_grad()
+def singular_vectors(
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    n_power_iterations: int,
+    eps: float,
+    dim: int,
+    order: str = "uv",
+) -> tuple[Tensor, Tensor]:
+    """The u and v to normalise by: after power iterations, or for none the given ones at unit length.
+
+    Args:
+        weight: As in `weight_matrix`.
+        u: ``[m]``, the weight's dtype or fp32.
+        v: ``[n]``, likewise.
+        n_power_iterations: From 0.
+        eps: As in `power_iteration`.
+        dim: As in `weight_matrix`.
+        order: As in `power_iteration`.
+
+    Returns:
+        u and v in the dtype of `weight_matrix`; fresh tensors.
+    """
+    with _autocast_off(weight.device.type):
+        weight_mat = weight_matrix(weight, dim)
+        u, v = u.to(weight_mat.dtype), v.to(weight_mat.dtype)
+        if n_power_iterations:
+            return power_iteration(weight_mat, u, v, n_power_iterations, eps, order)
+        return unit(u, eps), unit(v, eps)
+
+
+def normalized(weight: Tensor, u: Tensor, v: Tensor, eps: float, dim: int) -> Tensor:
+    """``W / sigma(W)`` by unit u and v.
+
+    Gradient: ``dW = (G - <G, W_sn> u v^H) / sigma``, u and v constant.
+
+    Args:
+        weight: As in `weight_matrix`.
+        u: ``[m]``, from `singular_vectors`.
+        v: ``[n]``, likewise.
+        eps: A weight whose ``|sigma|`` is no larger is left as it is.
+        dim: As in `weight_matrix`.
+
+    Returns:
+        Shape and dtype of ``weight``.
+    """
+    with _autocast_off(weight.device.type):
+        weight_mat = weight_matrix(weight, dim)
+        divisor = sigma(weight_mat, u, v)
+        divisor = torch.where(divisor.abs() > eps, divisor, 1)
+        return (weight.to(weight_mat.dtype) / divisor).to(weight.dtype)
+
+
+@torch.no_grad()
+def residual(weight_mat: Tensor, u: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """sigma, and how far u and v are from being singular vectors: a cheap error bar of sigma.
+
+    The larger of ``|W v - sigma u|`` and ``|W^H u - sigma v|``, over sigma (an iteration makes one of
+    the two zero by itself, which one depends on its order). Some singular value of W lies within
+    ``residual * sigma`` of sigma.
+
+    Args:
+        weight_mat: ``[m, n]``.
+        u: ``[m]``, same dtype, any length.
+        v: ``[n]``, likewise.
+        eps: A sigma no larger than this has residual 0: there is nothing to normalise.
+
+    Returns:
+        ``|sigma|`` ``[]`` and the residual ``[]``, real.
+    """
+    u, v = unit(u, eps), unit(v, eps)
+    value = sigma(weight_mat, u, v)
+    gap_u = (torch.mv(weight_mat, v) - value * u).norm()
+    gap_v = (torch.mv(weight_mat.H, u) - value.conj() * v).norm()
+    size = value.abs()
+    return size, torch.where(size > eps, torch.maximum(gap_u, gap_v) / size, 0)
+
+
+def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[None]:
+    # Entered only when autocast is on: the context would otherwise stand in every exported graph.
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

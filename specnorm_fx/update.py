@@ -1,0 +1,71 @@
+"""u and v moved outside of the forward: `update_` once per step, `warm_up_` until they have converged."""
+
+import torch
+from torch import nn
+
+from specnorm_fx import reference
+from specnorm_fx.graph_module import resolve
+
+__all__ = ["update_", "warm_up_"]
+
+
+@torch.no_grad()
+def update_(model: nn.Module) -> None:
+    """Power iterations of the weights with ``update="step"``; call it after ``optimizer.step()``.
+
+    Every forward until the next call then sees the same weights: activation checkpointing,
+    micro-batches and D(real) / D(fake) included. Weights with ``update="forward"`` are left alone. In
+    eval mode it does the same as in training mode.
+
+    Args:
+        model: A transformed model, also inside ``torch.compile`` or DDP.
+
+    Raises:
+        TypeError: ``model`` holds no transformed model.
+        ValueError: None of its weights has ``update="step"``.
+    """
+    sites = [site for site in resolve(model).sites() if site.config.update == "step"]
+    if not sites:
+        raise ValueError(
+            "update_ found no weight with update='step': with update='forward' every training forward "
+            "iterates by itself. Use transform(model, update='step')."
+        )
+    for site in sites:
+        config = site.config
+        u, v = reference.power_iteration(
+            site.matrix(), *site.vectors(), config.n_power_iterations, config.eps, config.order
+        )
+        site.u.copy_(u)
+        site.v.copy_(v)
+
+
+@torch.no_grad()
+def warm_up_(model: nn.Module, n: int | None = None, tol: float | None = None) -> None:
+    """Let u and v of every weight converge: after an overwrite of the weights, say.
+
+    Loading a checkpoint without u and v does it by itself.
+
+    Args:
+        model: A transformed model, also inside ``torch.compile`` or DDP; in any mode.
+        n: Run exactly this many power iterations, without waiting for the device.
+        tol: Run until an iteration changes sigma by no more than this, relatively. With neither ``n``
+            nor ``tol``: 1e-6; in any case at most 1000 iterations.
+
+    Raises:
+        TypeError: ``model`` holds no transformed model.
+        ValueError: Both ``n`` and ``tol`` are given, or one is not above 0.
+    """
+    if n is not None and tol is not None:
+        raise ValueError("warm_up_ takes n or tol, not both.")
+    for name, value in (("n", n), ("tol", tol)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value!r}.")
+    for site in resolve(model).sites():
+        config, weight_mat, (u, v) = site.config, site.matrix(), site.vectors()
+        if n is not None:
+            u, v = reference.power_iteration(weight_mat, u, v, n, config.eps, config.order)
+        else:
+            tolerance = reference.CONVERGENCE_TOLERANCE if tol is None else tol
+            u, v = reference.converge(weight_mat, u, v, config.eps, config.order, tolerance)
+        site.u.copy_(u)
+        site.v.copy_(v)

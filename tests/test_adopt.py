@@ -1,0 +1,203 @@
+"""Models that already carry torch's spectral norm go on exactly where they were."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize as torch_parametrize
+from torch.nn.utils import spectral_norm as hook_sn
+from torch.nn.utils.parametrizations import orthogonal
+from torch.nn.utils.parametrizations import spectral_norm as torch_sn
+
+import specnorm_fx
+from specnorm_fx import SpectralNormConfig, transform
+from tests.models import LAYERS, MODELS, Discriminator, Tied, apply_torch_sn, parametrize
+
+APIS = pytest.mark.parametrize("sn", [torch_sn, hook_sn], ids=["parametrizations", "hook"])
+
+# Where torch differs on purpose: it iterates per access, and leaves the second user of a tied weight.
+CASES = [case for case in LAYERS + MODELS if case.name not in ("called_twice", "tied", "functional")]
+
+
+def original(model, fqn):
+    """The stored parameter and torch's u and v."""
+    module, _, name = fqn.rpartition(".")
+    module = model.get_submodule(module)
+    if torch_parametrize.is_parametrized(module, name):
+        state = module.parametrizations[name]
+        return state.original, state[0]._u, state[0]._v
+    return tuple(getattr(module, f"{name}_{part}") for part in ("orig", "u", "v"))
+
+
+def train_step(model, inputs):
+    torch.manual_seed(4)  # dropout
+    y = model(*inputs)
+    model.zero_grad()
+    y.square().mean().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.05 * parameter.grad
+    return y
+
+
+@pytest.mark.parametrize("n_power_iterations", [1, 3])
+@APIS
+@parametrize(CASES)
+def test_training_continues_where_it_was(case, sn, n_power_iterations):
+    """Bit for bit on the CPU, both APIs: the tolerance is zero, as the operations are the same."""
+    theirs = apply_torch_sn(case.make(), case.weights, sn, n_power_iterations=n_power_iterations, eps=1e-10)
+    for _ in range(3):
+        train_step(theirs, case.inputs())
+    # torch's hook cannot be deep-copied after a forward: save and load instead.
+    file = io.BytesIO()
+    torch.save(theirs.state_dict(), file)
+    file.seek(0)
+    twin = apply_torch_sn(case.make(), case.weights, sn, n_power_iterations=n_power_iterations, eps=1e-10)
+    twin.load_state_dict(torch.load(file))
+    ours = transform(twin)
+
+    assert [site.fqn for site in ours.sites()] == list(case.weights)
+    for site in ours.sites():
+        assert site.config.n_power_iterations == n_power_iterations
+        assert site.config.eps == 1e-10
+        assert site.config.order == ("uv" if sn is torch_sn else "vu")
+    for step in range(5):
+        inputs = case.inputs()
+        assert torch.equal(train_step(ours, inputs), train_step(theirs, inputs)), step
+        for site in ours.sites():
+            for mine, its in zip((site.weight, site.u, site.v), original(theirs, site.fqn), strict=True):
+                assert torch.equal(mine, its)
+    assert torch.equal(ours.eval()(*inputs), theirs.eval()(*inputs))
+
+
+@APIS
+def test_the_model_is_left_as_it_is_and_shares_its_parameter(sn):
+    model = sn(nn.Linear(4, 3))
+    twin = sn(nn.Linear(4, 3))
+    twin.load_state_dict(model.state_dict())
+    weight, u, _ = original(model, "weight")
+    before = u.clone()
+    gm = transform(model)
+    assert gm.weight is weight
+    assert gm.weight_u is not u
+    gm(torch.randn(2, 4))
+    assert torch.equal(u, before)
+    # It still is what it was.
+    x = torch.randn(2, 4)
+    assert type(model) is type(twin) or sn is torch_sn
+    assert torch.equal(model(x), twin(x))
+    assert list(model.state_dict()) == list(twin.state_dict())
+
+
+@APIS
+def test_exactly_the_weights_with_torch_sn_are_adopted(sn):
+    model = apply_torch_sn(Discriminator(), ("blocks.0.conv2.weight", "fc.weight"), sn)
+    gm = transform(model)
+    assert {site.fqn for site in gm.sites()} == {"blocks.0.conv2.weight", "fc.weight"}
+    assert transform(gm) is gm
+    assert type(gm.fc) is nn.Linear
+    assert not gm.fc._forward_pre_hooks
+    assert not gm.fc._state_dict_hooks
+    assert not gm.fc._load_state_dict_pre_hooks
+    assert set(gm.state_dict()) >= {"fc.weight", "fc.weight_u", "fc.weight_v"}
+    assert not [key for key in gm.state_dict() if "orig" in key]
+
+
+@APIS
+def test_selection_adopts_some_and_leaves_others_to_torch(sn):
+    model = apply_torch_sn(Discriminator(), ("blocks.0.conv2.weight", "fc.weight"), sn)
+    _, fc_u, _ = original(model, "fc.weight")
+    gm = transform(model, ["fc", "blocks.1.skip"], update="step")
+    sites = {site.fqn: site for site in gm.sites()}
+    assert set(sites) == {"fc.weight", "blocks.1.skip.weight"}
+    assert torch.equal(sites["fc.weight"].u, fc_u)
+    assert sites["fc.weight"].config.update == "step"
+    conv = gm.get_submodule("blocks.0.conv2")
+    before = original(gm, "blocks.0.conv2.weight")[1].clone()
+    gm(torch.randn(2, 3, 8, 8))
+    assert not torch.equal(original(gm, "blocks.0.conv2.weight")[1], before)
+    assert torch_parametrize.is_parametrized(conv) or conv._forward_pre_hooks
+
+
+@APIS
+def test_an_explicit_configuration_keeps_u_and_v(sn):
+    model = sn(nn.Linear(4, 3), n_power_iterations=2)
+    _, u, _ = original(model, "weight")
+    (site,) = transform(model, {"*": SpectralNormConfig(n_power_iterations=5)}).sites()
+    assert site.config.n_power_iterations == 5
+    assert torch.equal(site.u, u)
+    with pytest.raises(ValueError, match="'weight' carries u and v of 3 and 4 elements, and dim=1 needs 4"):
+        transform(model, {"*": SpectralNormConfig(dim=1)})
+
+
+@APIS
+def test_dim_of_torch_is_kept(sn):
+    model = sn(nn.Linear(4, 3), dim=1)
+    (site,) = transform(model).sites()
+    assert site.config.dim == 1
+    assert site.u.shape == (4,)
+
+
+@APIS
+def test_either_name_of_a_tied_weight_is_adopted(sn):
+    model = Tied()
+    sn(model.decoder)
+    stored, u, _ = original(model, "decoder.weight")
+    (site,) = transform(model).sites()
+    assert site.names == ("encoder.weight", "decoder.weight")
+    assert site.weight is stored
+    assert torch.equal(site.u, u)
+    assert site.config.order == ("uv" if sn is torch_sn else "vu")
+
+
+def test_functional_use_of_a_parametrised_weight():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = torch_sn(nn.Linear(4, 3))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.lin.weight, self.lin.bias)
+
+    model = Net()
+    theirs = copy.deepcopy(model)
+    ours = transform(model)
+    x = torch.randn(2, 4)
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_optimizer_of_the_torch_model_stays_valid():
+    model = torch_sn(nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gm = transform(model)
+    before = gm.weight.detach().clone()
+    gm(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(gm.weight, before)
+
+
+def test_other_parametrizations_beside_it_are_refused():
+    model = nn.Sequential(torch_sn(orthogonal(nn.Linear(4, 4))))
+    with pytest.raises(ValueError, match=r"beside spectral norm on 'weight' \(on it: _Orthogonal, _Spectral"):
+        transform(model)
+
+    class Twice(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    model = nn.Sequential(torch_sn(nn.Linear(4, 4)))
+    torch_parametrize.register_parametrization(model[0], "bias", Twice())
+    with pytest.raises(ValueError, match=r"on others: bias.*remove_parametrizations"):
+        transform(model)
+
+
+def test_freeze_after_adoption_loads_into_the_plain_class():
+    model = apply_torch_sn(Discriminator(), ("fc.weight",), hook_sn)
+    gm = transform(model).eval()
+    plain = Discriminator().eval()
+    plain.load_state_dict(specnorm_fx.frozen_state_dict(gm), strict=True)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(plain(x), gm(x))

@@ -1,0 +1,179 @@
+"""Capture: what symbolic trace follows, and what is refused with the line and the ways out."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx.proxy import TraceError
+
+from specnorm_fx import transform
+
+
+class PeriodPad(nn.Module):
+    """Pads by a remainder of its length, as HiFi-GAN's period discriminator does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, (3, 1))
+
+    def forward(self, x):
+        b, c, t = x.shape
+        if t % 3 != 0:
+            x = F.pad(x, (0, 3 - t % 3), "reflect")
+        return self.conv(x.view(b, c, -1, 3))
+
+
+@fx.wrap
+def pad_to_multiple(x, period):
+    t = x.shape[-1]
+    return F.pad(x, (0, -t % period), "reflect") if t % period else x
+
+
+class WrappedPad(PeriodPad):
+    def forward(self, x):
+        x = pad_to_multiple(x, 3)
+        return self.conv(x.view(x.shape[0], 1, -1, 3))
+
+
+def test_control_flow_on_values_names_the_line_and_the_module():
+    model = nn.Sequential(nn.Conv1d(1, 1, 3), PeriodPad())
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with pytest.raises(TraceError) as error:
+        transform(model)
+    message = str(error.value)
+    assert "cannot follow the forward of Sequential, in its module '1'" in message
+    assert "test_capture.py" in message
+    assert "if t % 3 != 0:" in message
+    assert "torch.fx.wrap" in message
+    assert "specnorm_fx.transform(torch.export.export(model, args).module())" in message
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_both_ways_out_work():
+    x = torch.randn(2, 1, 16)
+    model = PeriodPad()
+    torch.manual_seed(1)
+    exported = transform(torch.export.export(model, (x,)).module())
+    wrapped_model = WrappedPad()
+    wrapped_model.load_state_dict(model.state_dict())
+    torch.manual_seed(1)
+    wrapped = transform(wrapped_model)
+    assert torch.equal(exported(x), wrapped(x))
+    wrapped(torch.randn(1, 1, 20))  # another remainder
+
+
+class ReadsTraining(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return F.dropout(self.lin(x), 0.5, self.training)
+
+
+def test_a_forward_that_reads_training_is_refused():
+    with pytest.raises(TraceError, match=r"(?s)depends on self.training.*training = True.*training = False"):
+        transform(ReadsTraining())
+    with pytest.raises(TraceError, match=r"nn.Dropout instead of F.dropout"):
+        transform(ReadsTraining().eval())
+
+
+class Buffers(nn.Module):
+    """Computes on buffers, plain tensors, constants and parameters before they meet the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+        self.register_buffer("scale", torch.ones(3))
+        self.gain = nn.Parameter(torch.ones(3))
+        self.plain = torch.ones(3)
+
+    def forward(self, x):
+        return self.lin(x) * (self.scale + 1) * self.gain.exp() * self.plain + torch.tensor([1.0, 2.0, 3.0])
+
+
+def test_buffers_and_parameters_are_read_at_run_time():
+    model = Buffers()
+    gm = transform(model).eval()
+    x = torch.randn(2, 3)
+    before = gm(x)
+    gm.scale.fill_(3)  # 1 + 1 becomes 3 + 1
+    gm.gain.data.fill_(1 + torch.log(torch.tensor(2.0)).item())
+    constant = torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(gm(x) - constant, (before - constant) * 4)
+    assert set(gm.state_dict()) - set(model.state_dict()) == {"lin.weight_u", "lin.weight_v"}
+
+
+def test_side_effects_of_the_trace_stay_off_the_model():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(3, 3)
+            self.layers = [self.lin]  # a plain list: not registered, but the same object
+
+        def forward(self, x):
+            self.last = x
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = Remembers()
+    gm = transform(model)
+    assert not hasattr(model, "last")
+    assert model.layers == [model.lin]
+    assert gm.layers == [gm.lin] if hasattr(gm, "layers") else True
+    assert [site.fqn for site in gm.sites()] == ["lin.weight"]
+
+
+def test_what_cannot_be_copied_is_named():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"Sequential cannot be copied \(cannot pickle '_thread.lock'"):
+        transform(model)
+
+
+class Upsample(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(2, 3, 3, stride=2)
+
+    def forward(self, x):
+        return self.up(x, output_size=[9, 9])
+
+
+def test_output_size_is_refused_with_a_remedy():
+    match = (
+        r"The call of 'up' \(ConvTranspose2d\) cannot be followed.*output_padding instead, or leave it out"
+    )
+    with pytest.raises(TraceError, match=match):
+        transform(Upsample())
+    # Left out, the layer stays as it was, and so the model has nothing to normalise.
+    with pytest.raises(ValueError, match="has no weight to normalise"):
+        transform(Upsample(), {"up": None})
+
+
+def test_keyword_arguments_of_a_layer():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.lin(input=x)
+
+    assert transform(Keyword())(torch.randn(2, 3)).shape == (2, 3)
+
+
+def test_several_inputs_and_outputs():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+
+        def forward(self, x, y=None, *, scale: float = 2.0):
+            return {"score": self.a(x) * scale, "features": [x, self.a(y)]}
+
+    out = transform(Pair())(torch.randn(2, 3), torch.randn(2, 3))
+    assert out["features"][1].shape == (2, 3)

@@ -1,0 +1,196 @@
+"""State dict layouts: what `load_state_dict` reads, what `convert_state_dict` writes, what is refused."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import spectral_norm as hook_sn
+from torch.nn.utils.parametrizations import spectral_norm as torch_sn
+
+import specnorm_fx
+from specnorm_fx import convert_state_dict, transform
+from tests.models import MODELS, Discriminator, Tied, apply_torch_sn, parametrize
+
+SN = {"parametrizations": torch_sn, "hook": hook_sn}
+LAYOUTS = ["specnorm_fx", "parametrizations", "hook"]
+CASES = [case for case in MODELS if case.name != "tied"]
+
+
+def source(case, layout):
+    """A trained model in a layout, and its outputs in eval."""
+    model = case.make()
+    if layout == "specnorm_fx":
+        model = transform(model)
+    elif layout != "plain":
+        # On layers only: torch cannot parametrise by the hook what the forward reads by itself.
+        apply_torch_sn(model, case.weights, SN[layout])
+    for _ in range(3):
+        model(*case.inputs())
+    return model
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@parametrize([case for case in CASES if case.name != "functional"])
+def test_load_reads_every_layout(case, layout):
+    theirs = source(case, layout)
+    ours = transform(case.make())
+    result = ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert result.missing_keys == result.unexpected_keys == []
+    inputs = case.inputs()
+    if layout == "hook":  # it computes its weight in the forward
+        theirs.train()(*inputs)
+        ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.eval()(*inputs), theirs.eval()(*inputs))
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@parametrize([case for case in CASES if case.name != "functional"])
+def test_convert_from_each_to_each(case, layout, to):
+    state = source(case, layout).state_dict()
+    before = dict(state)
+    converted = convert_state_dict(state, to=to)
+    # Strictly loaded by a model of that kind, with the very same tensors.
+    source(case, to).load_state_dict(converted, strict=True)
+    assert {value.data_ptr() for value in converted.values()} == {v.data_ptr() for v in state.values()}
+    assert dict(state).keys() == before.keys()
+    back = convert_state_dict(converted, to=layout)
+    assert list(back) == list(state)
+    assert all(back[key] is state[key] for key in state)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_convert_to_plain_drops_u_and_v_and_keeps_the_stored_weight(layout):
+    (case,) = (case for case in MODELS if case.name == "discriminator")
+    state = source(case, layout).state_dict()
+    plain = convert_state_dict(state, to="plain")
+    Discriminator().load_state_dict(plain, strict=True)
+    ours = convert_state_dict(state, to="specnorm_fx")
+    assert plain["fc.weight"] is ours["fc.weight"]
+    assert list(convert_state_dict(plain, to="plain")) == list(plain)
+
+
+@parametrize(MODELS)
+def test_a_plain_checkpoint_re_converges_u_and_v(case):
+    plain = case.make()
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    gm = transform(case.make())
+    stale = [site.u.clone() for site in gm.sites()]
+    gm.load_state_dict(plain.state_dict(), strict=True)
+    for site, old in zip(gm.sites(), stale, strict=True):
+        exact = torch.linalg.matrix_norm(site.matrix().double(), 2)
+        # converge stops when sigma moves by 1e-6 a step, and is then right to some ten times that.
+        sigma = specnorm_fx.sigmas(gm)[site.fqn]
+        assert sigma.item() == pytest.approx(exact.item(), rel=1e-4)
+        assert min(site.matrix().shape) == 1 or not torch.equal(site.u, old)
+
+
+def test_loading_inside_a_parent_and_with_assign():
+    parent = nn.ModuleDict({"disc": transform(Discriminator()), "gen": nn.Linear(2, 2)})
+    theirs = nn.ModuleDict({"disc": Discriminator(), "gen": nn.Linear(2, 2)})
+    apply_torch_sn(theirs, [f"disc.{site.fqn}" for site in parent["disc"].sites()], torch_sn)
+    state = theirs.state_dict()
+    for assign in (False, True):
+        parent.load_state_dict(state, strict=True, assign=assign)
+        x = torch.randn(2, 3, 8, 8)
+        assert torch.equal(parent.eval()["disc"](x), theirs.eval()["disc"](x))
+    # A plain one.
+    parent.load_state_dict(convert_state_dict(state, to="plain"), strict=True)
+
+
+@pytest.mark.parametrize("layout", ["specnorm_fx", "plain", "parametrizations"])
+def test_tied_weights(layout):
+    theirs = Tied()
+    if layout == "specnorm_fx":
+        theirs = transform(theirs)
+    elif layout == "parametrizations":
+        torch_sn(theirs.encoder)
+        torch_sn(theirs.decoder)
+    gm = transform(Tied())
+    gm.load_state_dict(theirs.state_dict(), strict=True)
+    assert gm.encoder.weight is gm.decoder.weight
+    stored = dict(theirs.named_parameters())
+    assert torch.equal(gm.encoder.weight, next(p for name, p in stored.items() if p.ndim == 2))
+
+
+def test_the_oldest_hook_format_has_no_v():
+    theirs = hook_sn(nn.Linear(5, 4))
+    for _ in range(30):
+        theirs(torch.randn(2, 5))
+    state = theirs.state_dict()
+    del state["weight_v"], state["bias"]
+    state["weight"] = theirs.weight.detach()  # that format stored the cached W / sigma
+    gm = transform(nn.Linear(5, 4, bias=False))
+    gm.load_state_dict(state, strict=True)
+    assert torch.equal(gm.weight, theirs.weight_orig)
+    exact = torch.linalg.matrix_norm(gm.weight, 2)
+    assert specnorm_fx.sigmas(gm)["weight"].item() == pytest.approx(exact.item(), rel=1e-4)
+    assert list(convert_state_dict(state, to="plain")) == ["weight"]
+    with pytest.raises(ValueError, match="weight has no v in the state dict"):
+        convert_state_dict(state, to="parametrizations")
+
+
+def test_a_copy_loads_every_layout_too():
+    import pickle
+
+    theirs = apply_torch_sn(Discriminator(), ("fc.weight",), torch_sn)
+    gm = transform(Discriminator(), "fc")
+    for twin in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        twin.load_state_dict(theirs.state_dict(), strict=True)
+
+
+# --- refusals, in PyTorch's own words ---
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "plain"])
+def test_wrong_shapes_missing_and_surplus_keys(layout):
+    (case,) = (case for case in MODELS if case.name == "discriminator")
+    gm = transform(case.make())
+    before = copy.deepcopy(gm.state_dict())
+    good = source(case, layout).state_dict()
+    key = next(key for key in good if key.startswith("fc") and good[key].shape == (1, 8))
+
+    bad = dict(good) | {key: torch.randn(1, 9)}
+    with pytest.raises(RuntimeError, match=r"size mismatch for fc.weight: .*\[1, 9\].*\[1, 8\]"):
+        gm.load_state_dict(bad)
+    bad = {k: v for k, v in good.items() if not k.startswith("fc")}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "fc.weight", "fc.bias"'):
+        gm.load_state_dict(bad)
+    bad = dict(good) | {"fc.colour": torch.ones(1)}
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "fc.colour"'):
+        gm.load_state_dict(bad)
+    result = gm.load_state_dict(bad, strict=False)
+    assert result.unexpected_keys == ["fc.colour"]
+    assert list(gm.state_dict()) == list(before)
+
+
+def test_u_without_v_is_a_missing_key():
+    gm = transform(nn.Linear(3, 2))
+    state = gm.state_dict()
+    del state["weight_v"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "weight_v"'):
+        gm.load_state_dict(state)
+
+
+def test_the_loaded_dict_is_not_changed():
+    gm = transform(nn.Linear(3, 2))
+    state = torch_sn(nn.Linear(3, 2)).state_dict()
+    keys = list(state)
+    gm.load_state_dict(state)
+    assert list(state) == keys
+
+
+def test_convert_refuses():
+    plain = nn.Linear(3, 2).state_dict()
+    with pytest.raises(ValueError, match=r"to must be one of 'specnorm_fx', .*, got 'legacy'"):
+        convert_state_dict(plain, to="legacy")
+    with pytest.raises(ValueError, match=r"holds no u and v, which the layout 'hook' needs. Load it into"):
+        convert_state_dict(plain, to="hook")
+
+
+def test_convert_keeps_what_is_not_spectral_norm():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), torch_sn(nn.Linear(3, 3)))
+    converted = convert_state_dict(model.state_dict(), to="specnorm_fx")
+    assert {"0.parametrizations.weight.original0", "1.weight", "1.weight_u", "1.weight_v"} <= set(converted)

@@ -1,0 +1,71 @@
+"""Selection: every form of pattern, and what it matches."""
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+from torch import nn
+
+from specnorm_fx import SpectralNormConfig, transform
+from tests.models import Discriminator
+
+CONVS = {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("conv1", "conv2", "skip")}
+BLOCK0 = {fqn for fqn in CONVS if fqn.startswith("blocks.0")}
+
+
+def selected(select):
+    return {site.fqn for site in transform(Discriminator(), select).sites()}
+
+
+@pytest.mark.parametrize(
+    ("select", "expected"),
+    [
+        (None, CONVS | {"fc.weight"}),
+        (nn.Conv2d, CONVS),
+        ((nn.Conv2d, nn.Linear), CONVS | {"fc.weight"}),
+        (nn.Module, CONVS | {"fc.weight"}),
+        ("blocks.0.*", BLOCK0),
+        ("blocks.0.conv1", {"blocks.0.conv1.weight"}),
+        ("blocks.0.conv1.weight", {"blocks.0.conv1.weight"}),
+        ("*.conv?", {f for f in CONVS if "conv" in f}),
+        ("re:blocks\\.[01]\\.skip", {f for f in CONVS if "skip" in f}),
+        ("re:.*conv[12]\\.weight", {f for f in CONVS if "conv" in f}),
+        (lambda module, fqn: getattr(module, "kernel_size", 0) == (1, 1), {f for f in CONVS if "skip" in f}),
+        (lambda module, fqn: fqn == "fc", {"fc.weight"}),
+        (["fc", nn.Conv2d], CONVS | {"fc.weight"}),
+        (["fc", lambda module, fqn: fqn.endswith("skip")], {f for f in CONVS if "skip" in f} | {"fc.weight"}),
+        ({"blocks.1.*": None, "*": SpectralNormConfig()}, BLOCK0 | {"fc.weight"}),
+        ({"*": SpectralNormConfig(), "blocks.1.*": None}, CONVS | {"fc.weight"}),  # the first match wins
+        ({nn.Linear: None, nn.Conv2d: SpectralNormConfig()}, CONVS),
+    ],
+)
+def test_select(select, expected):
+    assert selected(select) == expected
+
+
+def test_a_glob_is_case_sensitive_and_an_expression_matches_in_full():
+    with pytest.raises(ValueError, match="'FC' matches no weight"):
+        selected("FC")
+    with pytest.raises(ValueError, match="'re:skip' matches no weight"):
+        selected("re:skip")
+
+
+def test_a_callable_that_matches_nothing_is_named():
+    def never(module, fqn):
+        return False
+
+    with pytest.raises(ValueError, match="select pattern never matches no weight"):
+        selected(never)
+
+
+def test_options_are_the_defaults_of_patterns_without_their_own():
+    gm = transform(Discriminator(), ["fc", nn.Conv2d], n_power_iterations=2, eps=1e-6, update="step")
+    assert {(s.config.n_power_iterations, s.config.eps, s.config.update) for s in gm.sites()} == {
+        (2, 1e-6, "step")
+    }
+
+
+def test_config_is_frozen_and_compares_by_value():
+    config = SpectralNormConfig(n_power_iterations=2)
+    assert config == SpectralNormConfig(2)
+    with pytest.raises(FrozenInstanceError):
+        config.eps = 1.0

@@ -1,0 +1,105 @@
+"""Frozen models: bit for bit the eval model, and nothing of spectral norm left."""
+
+import copy
+
+import pytest
+import torch
+from torch import fx, nn
+
+from specnorm_fx import freeze, frozen_state_dict, transform
+from specnorm_fx.module import SpectralNorm
+from tests.models import LAYERS, MODELS, Discriminator, Labelled, Tied, parametrize
+
+
+def trained(case):
+    gm = transform(case.make(), "*" if case.make is Labelled else None)
+    for _ in range(2):
+        gm(*case.inputs())
+    return gm.eval()
+
+
+@parametrize(LAYERS + MODELS)
+def test_frozen_equals_eval_bit_for_bit(case):
+    gm = trained(case)
+    frozen = freeze(gm)
+    inputs = case.inputs(batch=3)
+    assert torch.equal(frozen(*inputs), gm(*inputs))
+    assert isinstance(frozen, fx.GraphModule)
+
+
+@parametrize(LAYERS + MODELS)
+def test_nothing_of_spectral_norm_is_left(case):
+    frozen = freeze(trained(case))
+    assert not any(isinstance(module, SpectralNorm) for module in frozen.modules())
+    assert "spectral_norm" not in frozen.code
+    assert list(frozen.state_dict()) == list(case.make().state_dict())
+    assert "_u" not in frozen.code
+    assert "_v" not in frozen.code
+
+
+@parametrize(LAYERS + MODELS)
+def test_state_dict_loads_strictly_into_the_original_class(case):
+    gm = trained(case)
+    plain = case.make().eval()
+    plain.load_state_dict(frozen_state_dict(gm), strict=True)
+    inputs = case.inputs(batch=3)
+    assert torch.equal(plain(*inputs), gm(*inputs))
+
+
+def test_frozen_has_the_nodes_of_the_model_without_spectral_norm():
+    plain = fx.symbolic_trace(Discriminator())
+    everything = freeze(transform(plain, "blocks.0.conv1").eval())
+    # One layer was opened: its call became weight, bias and conv2d.
+    assert len(everything.graph.nodes) == len(plain.graph.nodes) + 2
+
+
+def test_frozen_shares_nothing():
+    gm = transform(Discriminator()).eval()
+    frozen = freeze(gm)
+    theirs = {t.data_ptr() for t in gm.state_dict().values()}
+    assert not theirs & {t.data_ptr() for t in frozen.state_dict().values()}
+
+
+def test_tied_weights_stay_tied_and_flags_stay():
+    model = Tied()
+    model.encoder.weight.requires_grad_(False)
+    frozen = freeze(transform(model).eval())
+    assert frozen.encoder.weight is frozen.decoder.weight
+    assert not frozen.encoder.weight.requires_grad
+    assert frozen.encoder.bias.requires_grad
+
+
+def test_freeze_leaves_the_model_as_it_is_and_through_compile():
+    gm = transform(Discriminator()).eval()
+    before = copy.deepcopy(gm.state_dict())
+    code = gm.code
+    frozen = freeze(torch.compile(gm, backend="eager"))
+    assert gm.code == code
+    assert all(torch.equal(value, before[key]) for key, value in gm.state_dict().items())
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(frozen(x), gm(x))
+
+
+def test_a_frozen_model_can_be_transformed_and_copied():
+    frozen = freeze(transform(nn.Sequential(nn.Linear(4, 3))).eval())
+    twin = copy.deepcopy(frozen)
+    x = torch.randn(2, 4)
+    assert torch.equal(twin(x), frozen(x))
+    again = transform(frozen).eval()
+    # Its sigma is 1 up to the convergence of u and v, and 1 exactly for a second freeze of the same.
+    assert [site.fqn for site in again.sites()] == ["0.weight"]
+
+
+@pytest.mark.parametrize("function", [freeze, frozen_state_dict])
+def test_refusals(function):
+    gm = transform(nn.Linear(4, 3))
+    with pytest.raises(RuntimeError, match=r"Linear is in training mode.*call .eval\(\) before freezing"):
+        function(gm)
+    gm.eval()
+    gm.spectral_norm.train()
+    with pytest.raises(RuntimeError, match="in training mode"):
+        function(gm)
+    with pytest.raises(RuntimeError, match="Linear is frozen already"):
+        function(freeze(gm.eval()))
+    with pytest.raises(TypeError, match="holds no transformed model"):
+        function(nn.Linear(4, 3))

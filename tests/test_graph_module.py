@@ -1,0 +1,146 @@
+"""Semantics 11: the result behaves as any module does."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import specnorm_fx
+from specnorm_fx import transform
+from specnorm_fx.graph_module import SpectralNormGraphModule, resolve
+from tests.models import LAYERS, MODELS, Discriminator, Tied, parametrize
+
+
+def by_pickle(gm):
+    return pickle.loads(pickle.dumps(gm))
+
+
+def by_torch_save(gm):
+    file = io.BytesIO()
+    torch.save(gm, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
+
+
+def forward(gm, inputs, mode):
+    torch.manual_seed(3)  # dropout
+    return gm.train(mode)(*inputs)
+
+
+@COPIES
+@parametrize(LAYERS + MODELS)
+def test_a_copy_is_the_same_and_independent(case, duplicate):
+    gm = transform(case.make())
+    gm(*case.inputs())  # the legacy hook cannot be copied after a forward
+    twin = duplicate(gm)
+    assert isinstance(twin, SpectralNormGraphModule)
+    assert type(twin).__name__ == type(gm).__name__
+    assert list(twin.state_dict()) == list(gm.state_dict())
+    assert dict(twin.named_buffers()).keys() == dict(gm.named_buffers()).keys()
+    assert [type(m) for m in twin.modules()][1:] == [type(m) for m in gm.modules()][1:]
+    inputs = case.inputs()
+    for mode in (True, False, True):
+        assert torch.equal(forward(twin, inputs, mode), forward(gm, inputs, mode))
+    for site, other in zip(gm.sites(), twin.sites(), strict=True):
+        for mine, its in zip((site.weight, site.u, site.v), (other.weight, other.u, other.v), strict=True):
+            assert mine.data_ptr() != its.data_ptr()
+    assert transform(twin) is twin
+
+
+@COPIES
+def test_a_copy_of_a_frozen_parameter_stays_frozen(duplicate):
+    model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3))
+    twin = duplicate(transform(model))
+    assert [p.requires_grad for p in twin.parameters()] == [False, False, True, True]
+
+
+@COPIES
+def test_a_copy_keeps_ties_and_unregistered_tensors(duplicate):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tied = Tied()
+            self.same = self.tied
+            self.plain = torch.ones(6)
+            self.register_buffer("hidden", torch.ones(6), persistent=False)
+
+        def forward(self, x):
+            return self.same(x) * self.plain + self.hidden + torch.full((6,), 2.0)
+
+    model = Odd()
+    gm = transform(model)
+    twin = duplicate(gm)
+    vectors = {"tied.encoder.weight_u", "tied.encoder.weight_v"} | {
+        "same.encoder.weight_u",
+        "same.encoder.weight_v",
+    }
+    for module in (gm, twin):
+        assert set(module.state_dict()) == set(model.state_dict()) | vectors
+        assert module.same is module.tied
+        assert module.tied.encoder.weight is module.tied.decoder.weight
+    x = torch.randn(2, 6)
+    assert torch.equal(twin.eval()(x), gm.eval()(x))
+    # And the copy can be copied.
+    assert torch.equal(duplicate(twin)(x), gm(x))
+
+
+def test_modes_follow_the_model():
+    gm = transform(Discriminator().eval())
+    assert not any(module.training for module in gm.modules())
+    gm.train()
+    assert all(module.training for module in gm.modules())
+    assert not transform(gm.eval(), "*").training
+
+
+def test_partial_modes_are_kept():
+    model = Discriminator()
+    model.norm.eval()
+    gm = transform(model)
+    assert gm.training
+    assert not gm.norm.training
+
+
+def test_to_dtype_moves_everything():
+    gm = transform(nn.Linear(4, 3)).double()
+    assert {t.dtype for t in gm.state_dict().values()} == {torch.float64}
+    assert gm(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda gm: gm,
+        lambda gm: torch.compile(gm, backend="eager"),
+        torch.optim.swa_utils.AveragedModel,
+        nn.DataParallel,
+        lambda gm: nn.ModuleDict({"disc": gm, "gen": nn.Linear(2, 2)}),
+    ],
+    ids=["itself", "compiled", "averaged", "data_parallel", "parent"],
+)
+def test_functions_find_the_transformed_model_inside_others(wrap):
+    wrapped = wrap(transform(nn.Linear(4, 3)))
+    assert resolve(wrapped).sites()[0].fqn == "weight"
+    assert specnorm_fx.sigmas(wrapped).keys() == {"weight"}
+    assert "weight_u" not in specnorm_fx.freeze(wrapped.eval()).state_dict()
+
+
+def test_functions_refuse_what_holds_none_or_several():
+    with pytest.raises(TypeError, match=r"Linear holds no transformed model.*transform\(model\) makes one"):
+        specnorm_fx.sigmas(nn.Linear(2, 2))
+    two = nn.ModuleList([transform(nn.Linear(2, 2)), transform(nn.Linear(2, 2))])
+    with pytest.raises(TypeError, match="ModuleList holds 2 transformed models"):
+        specnorm_fx.freeze(two)
+
+
+def test_repr_and_extra_repr():
+    text = repr(transform(Discriminator(), n_power_iterations=2))
+    assert text.startswith("Discriminator(")
+    assert "(spectral_norm): SpectralNorm(" in text
+    assert "7 weights" in text
+    assert "n_power_iterations=2" in text

@@ -1,0 +1,65 @@
+"""The package as a whole: what an import loads, what is public, that it is documented."""
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import specnorm_fx
+
+MODULES = [name for _, name, _ in pkgutil.iter_modules(specnorm_fx.__path__)]
+
+
+def loaded_by(statement):
+    code = f"import sys; {statement}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_import_needs_torch_alone():
+    heavy = {"onnx", "onnxruntime", "onnxscript", "triton", "torch._inductor.compile_fx"}
+    loaded = loaded_by("import specnorm_fx; specnorm_fx.onnx.export")
+    assert not loaded & heavy
+    # The check can fail:
+    assert "onnx" in loaded_by("import specnorm_fx, onnx")
+
+
+def test_public_names():
+    assert specnorm_fx.__all__ == sorted(specnorm_fx.__all__)
+    assert set(specnorm_fx.__all__) == {
+        "SpectralNormConfig",
+        "SpectralNormPass",
+        "convert_state_dict",
+        "freeze",
+        "frozen_state_dict",
+        "onnx",
+        "report",
+        "sigmas",
+        "transform",
+        "update_",
+        "warm_up_",
+    }
+    for name in specnorm_fx.__all__:
+        assert getattr(specnorm_fx, name) is not None
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_everything_public_is_documented(name):
+    module = importlib.import_module(f"specnorm_fx.{name}")
+    assert module.__doc__
+    for public in module.__all__:
+        value = getattr(module, public)
+        if inspect.isfunction(value) or inspect.isclass(value):
+            doc = inspect.getdoc(value)
+            assert doc, public
+            if inspect.isfunction(value) and inspect.signature(value).parameters:
+                for parameter in inspect.signature(value).parameters:
+                    assert f"{parameter}:" in doc, f"{public} does not document {parameter}"
+
+
+def test_unknown_options_are_refused_by_the_pass_as_well():
+    with pytest.raises(TypeError, match=r"unknown option 'iterations'. Did you mean 'n_power_iterations'"):
+        specnorm_fx.SpectralNormPass(iterations=3)

@@ -1,0 +1,52 @@
+"""`sigmas` and `report`."""
+
+import pytest
+import torch
+from torch import nn
+
+from specnorm_fx import report, sigmas, transform, warm_up_
+from tests.models import Discriminator
+
+
+def test_sigmas_are_what_eval_divides_by():
+    gm = transform(nn.Linear(5, 4, bias=False)).eval()
+    (sigma,) = sigmas(gm).values()
+    assert torch.equal(gm(torch.eye(5)).T, gm.weight / sigma)
+    assert sigma.ndim == 0
+    assert not sigma.requires_grad
+
+
+def test_report_names_every_weight():
+    gm = transform(nn.Sequential(Discriminator(), nn.Identity()), ["0.blocks.0.*", "0.fc"])
+    warm_up_(gm, tol=1e-12)
+    found = report(gm)
+    assert [row.fqn for row in found.rows] == [site.fqn for site in gm.sites()]
+    for row in found.rows:
+        assert row.sigma == pytest.approx(row.exact, rel=1e-5)
+        assert row.residual < 1e-2
+    assert found.skipped == {
+        **{f"0.blocks.1.{name}.weight": "not selected" for name in ("conv1", "conv2", "skip")},
+        "0.unused.weight": "not used in the forward",
+    }
+    lines = str(found).splitlines()
+    assert lines[0].split() == ["weight", "shape", "sigma", "exact", "residual"]
+    assert lines[1].split()[:2] == ["0.blocks.0.conv1.weight", "8x3x3x3"]
+    assert lines[-1] == "0.unused.weight: skipped, not used in the forward"
+
+
+def test_report_shows_stale_vectors():
+    gm = transform(nn.Linear(30, 20))
+    assert report(gm).rows[0].residual < 0.2
+    nn.init.normal_(gm.weight)
+    (row,) = report(gm).rows
+    assert row.residual > 0.5
+    assert abs(row.sigma - row.exact) > 1
+
+
+def test_report_names_layers_inside_an_opaque_one():
+    model = nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8))
+    skipped = report(transform(model)).skipped
+    assert (
+        skipped["1.linear2.weight"]
+        == "inside '1' (TransformerEncoderLayer), which the graph calls as a whole"
+    )
