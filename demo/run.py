@@ -1,6 +1,6 @@
 """Train a spectrally normalised GAN on scikit-learn's handwritten digits, and export its critic.
 
-    python demo/run.py [--steps 4000] [--out demo]
+    python demo/run.py [--steps 3000] [--out demo]
 
 The critic is a plain module: `specnorm_fx.transform` puts spectral norm on it, `torch.compile` makes
 one graph of it, `specnorm_fx.onnx.export` a verified file, which export/score.py scores without torch.
@@ -196,7 +196,7 @@ def table(*rows: tuple[str, ...]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 1 if the critic does not score held-out digits above shuffled ones and noise."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--out", type=Path, default=DEMO, help="folder for the results")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)

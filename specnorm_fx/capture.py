@@ -10,6 +10,7 @@ import itertools
 import linecache
 import operator
 import traceback
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +107,10 @@ def share(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor):
                 memo[id(value)] = value
     try:
-        return copy.deepcopy(model, memo)
+        with warnings.catch_warnings():
+            # torch 2.13 copies its own pytree specs, in an exported graph, by what it has deprecated.
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            return copy.deepcopy(model, memo)
     except Exception as error:
         raise TypeError(
             f"{type(model).__name__} cannot be copied ({error}), and transform works on a copy that "

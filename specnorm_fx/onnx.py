@@ -105,7 +105,8 @@ def export(
     Raises:
         ImportError: The extra ``onnx`` is not installed.
         TypeError: ``model`` holds no transformed model.
-        ValueError: Both ``dynamic_batch`` and ``dynamic_shapes`` are given, or ``args`` hold no tensor.
+        ValueError: Both ``dynamic_batch`` and ``dynamic_shapes`` are given, ``args`` hold no tensor, or the
+            exporter cannot write this opset.
         RuntimeError: It is in training mode.
         OSError: ``path`` cannot be written.
         VerificationError: The file does not agree with the model; none is left behind.
@@ -137,12 +138,22 @@ def export(
                 output_names=output_names,
                 opset_version=opset_version,
             )
+        # The exporter only logs that it has kept its own opset.
+        if opset_version not in (None, written_opset := program.model.opset_imports[""]):
+            raise ValueError(
+                f"opset_version={opset_version} cannot be had for this model: the exporter of torch "
+                f"{torch.__version__} writes opset {written_opset}. Leave it out, or try one nearer to that."
+            )
         _name_initializers_(program.model, frozen)
         _drop_stack_traces_(program.model)
         written = folder / target.name
         program.save(written)
         batches = _random_batches(args, n_batches, dynamic_batch)
-        verification = verify(written, gm, batches, rtol=rtol)
+        try:
+            verification = verify(written, gm, batches, rtol=rtol)
+        except VerificationError as error:
+            message = str(error).replace(str(written), str(target))
+            raise VerificationError(f"{message} No file was written.") from error
         # The weights first: the graph must never stand there without them.
         for file in sorted(folder.iterdir(), key=lambda file: file == written):
             file.replace(target.parent / file.name)
@@ -286,8 +297,8 @@ def _folder_beside(target: Path) -> Iterator[Path]:
         folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:
         raise type(error)(
-            f"The ONNX file {target} cannot be written: {error}. Give the path of a file in an existing, "
-            f"writable folder."
+            f"The ONNX file {target} cannot be written: {error.strerror or error}. Give the path of a "
+            f"file in an existing, writable folder."
         ) from error
     with folder as name:
         yield Path(name)
@@ -296,9 +307,18 @@ def _folder_beside(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Without what torch.onnx says about itself: each message here was seen with torch 2.13."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)  # "torchvision is not installed. Skipping ..."
+    loggers = [
+        logging.getLogger(name)
+        for name in (
+            "torch.onnx._internal.exporter._registration",  # "torchvision is not installed. Skipping ..."
+            "torch.onnx._internal.exporter._compat",  # an opset that it cannot convert to, with traceback
+            "onnxscript.version_converter",
+            "onnxscript.version_converter._version_converter",
+        )
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             # The exporter uses what torch.utils._pytree has deprecated.
@@ -308,7 +328,8 @@ def _quiet_exporter() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="# The axis name: batch will not be used")
             yield
     finally:
-        registration.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _refuse_training(model: nn.Module) -> None:

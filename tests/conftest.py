@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+# Many small operations: a second thread gains nothing, and on a busy machine each waits for the other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed():

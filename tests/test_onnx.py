@@ -216,7 +216,8 @@ def test_a_wrong_weight_makes_verify_fail(exported, name, change):
 def test_export_leaves_nothing_behind_when_verification_fails(tmp_path):
     gm = transform(Discriminator()).eval()
     (tmp_path / "d.onnx").write_bytes(b"an older file")
-    with pytest.raises(VerificationError, match=r"limit 0.000e\+00"):
+    match = rf"^{tmp_path}/d.onnx disagrees.*limit 0.000e\+00. No file was written."
+    with pytest.raises(VerificationError, match=match):
         export(gm, torch.randn(2, 3, 8, 8), tmp_path / "d.onnx", rtol=0.0)
     assert (tmp_path / "d.onnx").read_bytes() == b"an older file"
     assert len(list(tmp_path.iterdir())) == 1
@@ -266,7 +267,7 @@ def test_export_refuses_paths_it_cannot_write(tmp_path):
     gm = transform(nn.Linear(4, 3)).eval()
     x = torch.randn(2, 4)
     with pytest.raises(
-        FileNotFoundError, match=r"missing/d.onnx cannot be written.*existing, writable folder"
+        FileNotFoundError, match=r"missing/d.onnx cannot be written: No such file or directory. Give"
     ):
         export(gm, x, tmp_path / "missing" / "d.onnx")
     with pytest.raises(IsADirectoryError, match="cannot be written: it is a folder"):
@@ -285,6 +286,15 @@ def test_export_refuses_other_arguments(tmp_path):
         export(gm, torch.randn(2, 4), tmp_path / "d.onnx", dynamic_batch=True, dynamic_shapes=({0: 1},))
     with pytest.raises(TypeError, match="holds no transformed model"):
         export(nn.Linear(4, 3).eval(), torch.randn(2, 4), tmp_path / "d.onnx")
+
+
+@pytest.mark.parametrize("opset", [5, 99])
+def test_export_refuses_an_opset_it_cannot_write(opset, tmp_path, capfd):
+    gm = transform(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LeakyReLU())).eval()
+    with pytest.raises(ValueError, match=f"opset_version={opset} cannot be had.*writes opset"):
+        export(gm, torch.randn(2, 3, 8, 8), tmp_path / "d.onnx", opset_version=opset)
+    assert not list(tmp_path.iterdir())
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_labels_are_drawn_from_the_example(tmp_path):
