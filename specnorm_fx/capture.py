@@ -38,7 +38,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 # The layers whose ``weight`` can be normalised.
 KINDS = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
 
-# The functions that use a parameter as such a weight; their weight is the second argument.
+# The functions that use a parameter as such a weight; it is their second argument, but for the last.
 _FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.linear: nn.Linear,
     F.conv1d: nn.Conv1d,
@@ -59,6 +59,7 @@ _FUNCTIONS: dict[Any, type[nn.Module]] = {
     torch.ops.aten.conv_transpose1d.default: nn.ConvTranspose1d,
     torch.ops.aten.conv_transpose2d.input: nn.ConvTranspose2d,
     torch.ops.aten.conv_transpose3d.input: nn.ConvTranspose3d,
+    torch.ops.aten.embedding.default: nn.Embedding,
 }
 
 
@@ -240,7 +241,8 @@ def _functional_kinds(model: nn.Module, graph: fx.Graph) -> dict[int, type[nn.Mo
     kinds = {}
     for node in graph.nodes:
         if node.op == "call_function" and node.target in _FUNCTIONS:
-            weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+            position = 0 if node.target is torch.ops.aten.embedding.default else 1
+            weight = node.args[position] if len(node.args) > position else node.kwargs.get("weight")
             if isinstance(weight, fx.Node) and weight.target is operator.getitem:
                 weight = _stored(model, weight)
             if isinstance(weight, fx.Node) and weight.op == "get_attr":

@@ -49,8 +49,8 @@ class SpectralNormGraphModule(fx.GraphModule):
 
     It differs from a plain ``fx.GraphModule`` in
 
-    1. it keeps every module, parameter and buffer of the model it was captured from, used in the graph
-       or not, of the types they were: ``state_dict`` has the same keys plus u and v, and
+    1. it keeps every module, parameter, buffer and plain attribute of the model it was captured from, used
+       in the graph or not, of the types they were: ``state_dict`` has the same keys plus u and v, and
        ``apply(init_weights)`` still finds the layers. Only the graph runs: calling such a layer by
        hand uses its stored weight, and its forward hooks do not fire;
     2. all of that, and the class itself, survives ``deepcopy`` and ``pickle``;
@@ -71,6 +71,8 @@ class SpectralNormGraphModule(fx.GraphModule):
         self._modules = dict(root._modules)
         self._buffers = dict(root._buffers) | {name: self._buffers[name] for name in constants}
         self._non_persistent_buffers_set = set(root._non_persistent_buffers_set) | constants
+        for name, value in vars(root).items():
+            self.__dict__.setdefault(name, value)
 
     def sites(self) -> list[Site]:
         """The normalised weights, in the order of the graph."""

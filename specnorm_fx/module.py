@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 
 from specnorm_fx import ops, reference
 from specnorm_fx.config import SpectralNormConfig
@@ -43,7 +44,16 @@ class SpectralNorm(nn.Module):
 
         Returns:
             The normalised weights, each with the shape and dtype of its weight.
+
+        Raises:
+            TraceError: It is being traced by ``torch.fx``, which would fix the mode it is in.
         """
+        if isinstance(weights[0], fx.Proxy):
+            raise TraceError(
+                "SpectralNorm follows train() and eval(), which a symbolic trace would fix. A transformed "
+                "model is a GraphModule already; to trace it again, use a Tracer whose is_leaf_module is "
+                "true for specnorm_fx.module.SpectralNorm."
+            )
         configs = self.configs
         iterating = [self.training and config.update == "forward" for config in configs]
         counts = [c.n_power_iterations * i for c, i in zip(configs, iterating, strict=True)]

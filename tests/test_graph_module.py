@@ -3,14 +3,17 @@
 import copy
 import io
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.fx.proxy import TraceError
 
 import specnorm_fx
 from specnorm_fx import transform
 from specnorm_fx.graph_module import SpectralNormGraphModule, resolve
+from specnorm_fx.module import SpectralNorm
 from tests.models import LAYERS, MODELS, Discriminator, Tied, parametrize
 
 
@@ -51,6 +54,17 @@ def test_a_copy_is_the_same_and_independent(case, duplicate):
         for mine, its in zip((site.weight, site.u, site.v), (other.weight, other.u, other.v), strict=True):
             assert mine.data_ptr() != its.data_ptr()
     assert transform(twin) is twin
+
+
+@COPIES
+def test_plain_attributes_stay(duplicate):
+    model = Discriminator()
+    model.image_size = 8
+    model.layers = [model.fc]
+    gm = transform(model)
+    for module in (gm, duplicate(gm)):
+        assert module.image_size == 8
+        assert module.layers[0] is module.fc
 
 
 @COPIES
@@ -136,6 +150,26 @@ def test_functions_refuse_what_holds_none_or_several():
     two = nn.ModuleList([transform(nn.Linear(2, 2)), transform(nn.Linear(2, 2))])
     with pytest.raises(TypeError, match="ModuleList holds 2 transformed models"):
         specnorm_fx.freeze(two)
+
+
+def test_a_second_trace_is_refused_unless_the_call_stays_a_leaf():
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, SpectralNorm) or super().is_leaf_module(module, name)
+
+    gm = transform(Discriminator())
+    with pytest.raises(TraceError, match=r"would fix.*is_leaf_module is true for specnorm_fx.module.Spec"):
+        fx.symbolic_trace(gm)
+    again = fx.GraphModule(gm, Tracer().trace(gm)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(again(x), gm.eval()(x))
+
+
+def test_a_model_may_use_the_name_spectral_norm_itself():
+    gm = transform(nn.Sequential(OrderedDict(spectral_norm=nn.Linear(4, 3))))
+    assert isinstance(gm.spectral_norm, nn.Linear)
+    assert gm.spectral_norm_1.configs
+    assert transform(gm) is gm
 
 
 def test_repr_and_extra_repr():

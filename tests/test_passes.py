@@ -260,6 +260,14 @@ def test_exported_module():
     assert via_export.get_parameter("conv1.weight") is model.conv1.weight
 
 
+@parametrize(LAYERS)
+def test_exported_layers_are_recognised(case):
+    """By the function that uses the weight: the layers themselves are gone."""
+    model = nn.Sequential(case.make())
+    exported = transform(torch.export.export(model, case.inputs()).module())
+    assert [site.config for site in exported.sites()] == [site.config for site in transform(model).sites()]
+
+
 class _Relu6(specnorm_fx.passes.PassBase):
     """Someone else's pass."""
 

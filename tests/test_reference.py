@@ -57,6 +57,44 @@ def test_bit_identical_to_torch_over_20_steps(case, dtype, n_power_iterations):
     assert torch.equal(theirs(x), ours(x))
 
 
+@pytest.mark.parametrize("n_power_iterations", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)  # torch has no gradient of a complex embedding
+def test_embedding_is_bit_identical_to_torch_over_20_steps(dtype, n_power_iterations):
+    plain = nn.Embedding(10, 6, padding_idx=2, dtype=dtype)
+    layer = copy.deepcopy(plain)
+    torch.manual_seed(1)
+    theirs = torch_sn(layer, n_power_iterations=n_power_iterations)
+    torch.manual_seed(1)
+    ours = specnorm_fx.transform(plain, "*", n_power_iterations=n_power_iterations)
+    weights = (theirs.parametrizations.weight.original, ours.weight)
+    for _ in range(20):
+        index = torch.randint(10, (7,))
+        outputs = [model(index) for model in (theirs, ours)]
+        assert torch.equal(*outputs)
+        for output in outputs:
+            output.abs().pow(2).mean().backward()
+        assert torch.equal(*(w.grad for w in weights))
+        for weight in weights:
+            weight.data -= 0.1 * weight.grad
+            weight.grad = None
+        assert torch.equal(theirs.parametrizations.weight[0]._u, ours.weight_u)
+        assert torch.equal(theirs.parametrizations.weight[0]._v, ours.weight_v)
+
+
+@parametrize(LAYERS)
+def test_gradcheck_of_whole_layers(case):
+    """Of the input and of every parameter, u and v constant (``update="step"``)."""
+    gm = specnorm_fx.transform(case.build(torch.float64), update="step")
+    names = [name for name, _ in gm.named_parameters()]
+
+    def forward(x, *parameters):
+        return torch.func.functional_call(gm, dict(zip(names, parameters, strict=True)), (x,))
+
+    (x,) = case.inputs(batch=1, dtype=torch.float64)
+    arguments = [t.detach().requires_grad_() for t in (x, *gm.parameters())]
+    assert torch.autograd.gradcheck(forward, arguments, check_batched_grad=True, fast_mode=True)
+
+
 @pytest.mark.parametrize(
     "case", [c for c in MODELS if c.name not in ("called_twice", "tied")], ids=lambda c: c.name
 )
