@@ -96,6 +96,8 @@ def convert_state_dict(state_dict: Mapping[str, Any], *, to: str) -> "OrderedDic
             renamed[fqn] = None  # the hook's cached W / sigma of the oldest format
         renamed |= {old: new for old, new in zip(keys, target, strict=True) if old is not None}
     converted: OrderedDict[str, Any] = OrderedDict()
+    if hasattr(state_dict, "_metadata"):  # the versions of modules, which Module.state_dict() attaches
+        converted._metadata = state_dict._metadata  # type: ignore[attr-defined]
     for key, value in state_dict.items():
         new_key = renamed.get(key, key)
         if new_key is not None:

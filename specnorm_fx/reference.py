@@ -174,7 +174,7 @@ def converge(
     for _ in range(max_iterations):
         u, v = power_iteration(weight_mat, u, v, 1, eps, order)
         size = sigma(weight_mat, u, v).abs().item()
-        if abs(size - before) <= tol * size:
+        if not abs(size - before) > tol * size:  # NaN or inf in the weight ends it, too
             break
         before = size
     return u, v

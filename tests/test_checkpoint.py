@@ -55,6 +55,7 @@ def test_convert_from_each_to_each(case, layout, to):
     source(case, to).load_state_dict(converted, strict=True)
     assert {value.data_ptr() for value in converted.values()} == {v.data_ptr() for v in state.values()}
     assert dict(state).keys() == before.keys()
+    assert converted._metadata is state._metadata
     back = convert_state_dict(converted, to=layout)
     assert list(back) == list(state)
     assert all(back[key] is state[key] for key in state)

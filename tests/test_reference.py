@@ -237,6 +237,19 @@ def test_converge_and_residual(dtype):
     assert abs(sigma.item() - 3) <= after.item() * sigma.item() + 1e-6
 
 
+def test_converge_ends_at_once_on_nan():
+    weight = torch.randn(4, 6)
+    weight[0, 0] = torch.nan
+    u, v = torch.nn.functional.normalize(torch.randn(4), dim=0), torch.zeros(6)
+    calls = []
+    original = reference.power_iteration
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "power_iteration", lambda *a: calls.append(1) or original(*a))
+        got = reference.converge(weight, u, v, 1e-12)
+    assert torch.equal(got[0], u)
+    assert len(calls) == 1
+
+
 def test_weight_matrix_puts_the_output_dimension_first():
     weight = torch.randn(4, 3, 2)
     assert reference.weight_matrix(weight, 0).shape == (4, 6)
