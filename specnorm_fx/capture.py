@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer, TraceError
 
-from specnorm_fx.graph_module import attribute, names_of, spectral_norm_node
+from specnorm_fx.graph_module import attribute, parameter_names, spectral_norm_node
 
 __all__ = [
     "KINDS",
@@ -214,8 +214,9 @@ def find_weights(model: nn.Module, graph: fx.Graph) -> list[Weight]:
     """
     used_as = _functional_kinds(model, graph)
     found = []
+    names_of = parameter_names(model)
     for parameter in model.parameters():
-        names = names_of(model, parameter)
+        names = names_of[id(parameter)]
         modules = tuple(n.rpartition(".")[0] for n in names)
         owners = [model.get_submodule(module) for module in modules]
         layers = [o for o in owners if isinstance(o, KINDS) and o.weight is parameter]

@@ -11,7 +11,7 @@ from specnorm_fx import checkpoint, reference
 from specnorm_fx.config import SpectralNormConfig
 from specnorm_fx.module import SpectralNorm
 
-__all__ = ["Site", "SpectralNormGraphModule", "attribute", "names_of", "resolve", "spectral_norm_node"]
+__all__ = ["Site", "SpectralNormGraphModule", "attribute", "parameter_names", "resolve", "spectral_norm_node"]
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class SpectralNormGraphModule(fx.GraphModule):
         if node is None:
             return []
         configs: Any = self.get_submodule(node.target).configs
+        names = parameter_names(self)
         found = []
-        for weight, u, v, config in zip(*node.args, configs, strict=True):
-            names = names_of(self, attribute(self, weight.target))
-            tensors = (attribute(self, n.target) for n in (weight, u, v))
-            found.append(Site(weight.target, names, config, *tensors))
+        for *nodes, config in zip(*node.args, configs, strict=True):
+            weight, u, v = (attribute(self, n.target) for n in nodes)
+            found.append(Site(nodes[0].target, names[id(weight)], config, weight, u, v))
         return found
 
     def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
@@ -155,15 +155,19 @@ def attribute(module: nn.Module, fqn: str) -> Any:
     return getattr(module.get_submodule(owner), name)
 
 
-def names_of(module: nn.Module, parameter: Tensor) -> tuple[str, ...]:
-    """All FQNs of a parameter, in module order.
+def parameter_names(module: nn.Module) -> dict[int, tuple[str, ...]]:
+    """All FQNs of every parameter, by its ``id``; more than one for a tied parameter.
 
     Args:
         module: The module tree.
-        parameter: The parameter, found by identity.
+
+    Returns:
+        In module order, the names of a parameter as well.
     """
-    named = module.named_parameters(remove_duplicate=False)
-    return tuple(name for name, p in named if p is parameter)
+    names: dict[int, tuple[str, ...]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = (*names.get(id(parameter), ()), name)
+    return names
 
 
 def resolve(model: nn.Module) -> SpectralNormGraphModule:
