@@ -18,6 +18,9 @@ Select: TypeAlias = "Pattern | Sequence[Pattern] | Mapping[Pattern, SpectralNorm
 UPDATES = ("forward", "step")
 ORDERS = ("uv", "vu")
 
+# How many weights an error message names, of a model that may have hundreds.
+LISTED = 20
+
 
 @dataclass(frozen=True)
 class SpectralNormConfig:
@@ -155,10 +158,12 @@ class Selection:
                 hint = _did_you_mean(rule.pattern.removeprefix("re:"), names)
             else:
                 hint = ""
-            known = ", ".join(f"{w.names[0]} ({w.kind.__name__})" for w in weights) or "none"
+            known = [f"{weight.names[0]} ({weight.kind.__name__})" for weight in weights]
+            if len(known) > LISTED:
+                known[LISTED:] = [f"and {len(known) - LISTED} more"]
             raise ValueError(
                 f"select pattern {rule} matches no weight.{hint} "
-                f"The weights that can be normalised are: {known}."
+                f"The weights that can be normalised are: {', '.join(known) or 'none'}."
             )
 
     def require_reached(self, weights: Sequence[Selectable], hidden: Mapping[str, str]) -> None:

@@ -49,6 +49,12 @@ def test_a_glob_is_case_sensitive_and_an_expression_matches_in_full():
         selected("re:skip")
 
 
+def test_a_long_list_of_weights_is_cut():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(30)))
+    with pytest.raises(ValueError, match=r"0.weight \(Linear\), .*, 19.weight \(Linear\), and 10 more\.$"):
+        transform(model, "nothing")
+
+
 def test_a_callable_that_matches_nothing_is_named():
     def never(module, fqn):
         return False
