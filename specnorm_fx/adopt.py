@@ -5,18 +5,19 @@ keep u, v and their options in different places. `find_torch_sn` reads them, and
 module its plain ``weight`` back, so that the rest of the library sees only plain models.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as _Parametrization
 from torch.nn.utils.spectral_norm import SpectralNorm as _Hook
 
 from specnorm_fx.config import SpectralNormConfig
 
-__all__ = ["TorchSN", "find_torch_sn"]
+__all__ = ["TorchSN", "find_torch_sn", "read_stripped_"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class TorchSN:
         return f"{self.module_fqn}.{self.name}" if self.module_fqn else self.name
 
     @property
+    def parametrization(self) -> str:
+        """The FQN of the module that computes the parametrised weight."""
+        return f"{self.module_fqn}.parametrizations.{self.name}".removeprefix(".")
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The FQN, for selection."""
         return (self.fqn,)
@@ -65,10 +71,30 @@ class TorchSN:
         Raises:
             ValueError: The module carries further parametrizations, which would be lost.
         """
-        if parametrize.is_parametrized(self.module, self.name):
+        if self.name in _parametrizations(self.module):
             _strip_parametrization_(self.module, self.name)
         else:
             _strip_hook_(self.module, self.name)
+
+
+def read_stripped_(graph: fx.Graph, stripped: Iterable[TorchSN]) -> None:
+    """Read the parameter where a graph calls the parametrization that has been stripped, in place.
+
+    ``F.linear(x, self.lin.weight)`` on a parametrised layer is traced as a call of the module
+    ``lin.parametrizations.weight``.
+
+    Args:
+        graph: Traced before the stripping.
+        stripped: What has been stripped.
+    """
+    parameters = {sn.parametrization: sn.fqn for sn in stripped}
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target in parameters:
+            with graph.inserting_before(node):
+                read = graph.get_attr(parameters[node.target])
+            read.meta = copy.copy(node.meta)
+            node.replace_all_uses_with(read)
+            graph.erase_node(node)
 
 
 def find_torch_sn(model: nn.Module) -> dict[str, TorchSN]:
@@ -85,9 +111,8 @@ def find_torch_sn(model: nn.Module) -> dict[str, TorchSN]:
 
 
 def _on_module(fqn: str, module: nn.Module) -> Iterator[TorchSN]:
-    if parametrize.is_parametrized(module):
-        parametrizations: Any = module.parametrizations
-        for name, steps in parametrizations.items():
+    for name, steps in _parametrizations(module).items():
+        if isinstance(steps, parametrize.ParametrizationList):
             for step in steps:
                 # A one-dimensional parameter is merely normalised, without u and v.
                 if isinstance(step, _Parametrization) and hasattr(step, "_u"):
@@ -96,16 +121,22 @@ def _on_module(fqn: str, module: nn.Module) -> Iterator[TorchSN]:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, _Hook):
             config = SpectralNormConfig(hook.n_power_iterations, hook.eps, hook.dim, order="vu")
-            u, v = (module._buffers[f"{hook.name}_{x}"] for x in "uv")
-            assert u is not None
-            assert v is not None
+            buffers: Any = module._buffers
+            u, v = buffers[f"{hook.name}_u"], buffers[f"{hook.name}_v"]
             yield TorchSN(fqn, module, hook.name, config, u, v)
+
+
+def _parametrizations(module: nn.Module) -> dict[str, Any]:
+    # Not parametrize.is_parametrized: fx.symbolic_trace copies what a function reads of a parametrised layer
+    # into plain modules.
+    holder = module._modules.get("parametrizations")
+    return {} if holder is None else dict(holder.named_children())
 
 
 def _strip_parametrization_(module: nn.Module, name: str) -> None:
     # Not parametrize.remove_parametrizations: it deletes the property from the parametrised class, which
     # a copy shares with the module it was copied from.
-    parametrizations: Any = module.parametrizations
+    parametrizations = _parametrizations(module)
     on_weight = [type(step).__name__ for step in parametrizations[name]]
     elsewhere = [other for other in parametrizations if other != name]
     if len(on_weight) > 1 or elsewhere:

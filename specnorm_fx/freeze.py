@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from specnorm_fx.adopt import find_torch_sn
 from specnorm_fx.graph_module import SpectralNormGraphModule, resolve, spectral_norm_node
 from specnorm_fx.passes import unroute_
 
@@ -28,7 +29,7 @@ def freeze(model: nn.Module) -> fx.GraphModule:
 
     Raises:
         TypeError: ``model`` holds no transformed model.
-        RuntimeError: It is in training mode, or already frozen.
+        RuntimeError: It is in training mode, already frozen, or keeps torch's own spectral norm on a weight.
     """
     gm = resolve(model)
     call = spectral_norm_node(gm)
@@ -39,6 +40,12 @@ def freeze(model: nn.Module) -> fx.GraphModule:
         raise RuntimeError(
             f"{type(gm).__name__} is in training mode, where sigma still moves with every forward: call "
             f".eval() before freezing."
+        )
+    left = find_torch_sn(gm)
+    if left:
+        raise RuntimeError(
+            f"{', '.join(left)} still carries torch's spectral norm, as it was left out of select. Select "
+            f"it, or take it off before transform (remove_parametrizations, remove_spectral_norm)."
         )
     sites = gm.sites()
     columns = ([getattr(site, name) for site in sites] for name in ("weight", "u", "v"))

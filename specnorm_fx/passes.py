@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn.parameter import is_lazy
 
 from specnorm_fx import capture, reference
-from specnorm_fx.adopt import TorchSN, find_torch_sn
+from specnorm_fx.adopt import TorchSN, find_torch_sn, read_stripped_
 from specnorm_fx.capture import CONVOLUTIONS, TRANSPOSED, Weight
 from specnorm_fx.config import Select, Selectable, Selection, SpectralNormConfig
 from specnorm_fx.graph_module import SpectralNormGraphModule, attribute, spectral_norm_node
@@ -136,6 +136,7 @@ class SpectralNormPass(PassBase):
         # 3. The graph, and the weights that it uses.
         traced = isinstance(root, fx.GraphModule)
         graph: Any = root.graph if traced else capture.symbolic_trace(root)
+        read_stripped_(graph, adopted.values())
         weights = capture.find_weights(root, graph)
 
         # 4. Those to normalise that are not normalised yet.

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import parametrize as torch_parametrize
 from torch.nn.utils import spectral_norm as hook_sn
 from torch.nn.utils.parametrizations import orthogonal
@@ -164,9 +164,22 @@ def test_functional_use_of_a_parametrised_weight():
 
     model = Net()
     theirs = copy.deepcopy(model)
-    ours = transform(model)
     x = torch.randn(2, 4)
-    assert torch.equal(ours(x), theirs(x))
+    want = theirs(x)
+    for captured in (model, fx.symbolic_trace(model)):
+        ours = transform(captured)
+        assert torch.equal(ours(x), want)
+        assert type(ours.lin) is nn.Linear or captured is not model
+
+
+@APIS
+def test_a_graph_traced_with_torch_sn_in_it(sn):
+    traced = fx.symbolic_trace(nn.Sequential(sn(nn.Linear(4, 3)), nn.ReLU(), sn(nn.Conv1d(1, 2, 3))))
+    twin = copy.deepcopy(traced)
+    ours = transform(traced)
+    assert [site.fqn for site in ours.sites()] == ["0.weight", "2.weight"]
+    x = torch.randn(2, 1, 4)
+    assert torch.equal(ours(x), twin(x))
 
 
 def test_optimizer_of_the_torch_model_stays_valid():

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn.utils import spectral_norm as hook_sn
+from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 
 from specnorm_fx import freeze, frozen_state_dict, transform
 from specnorm_fx.module import SpectralNorm
@@ -88,6 +90,13 @@ def test_a_frozen_model_can_be_transformed_and_copied():
     again = transform(frozen).eval()
     # Its sigma is 1 up to the convergence of u and v, and 1 exactly for a second freeze of the same.
     assert [site.fqn for site in again.sites()] == ["0.weight"]
+
+
+@pytest.mark.parametrize("sn", [torch_sn, hook_sn])
+def test_torchs_own_spectral_norm_left_on_a_weight_is_refused(sn):
+    gm = transform(nn.Sequential(sn(nn.Linear(4, 4)), nn.Linear(4, 3)), "1").eval()
+    with pytest.raises(RuntimeError, match=r"0.weight still carries torch's spectral norm.*Select it"):
+        freeze(gm)
 
 
 @pytest.mark.parametrize("function", [freeze, frozen_state_dict])
