@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from specnorm_fx.adopt import find_torch_sn
-from specnorm_fx.graph_module import SpectralNormGraphModule, resolve, spectral_norm_node
+from specnorm_fx.graph_module import SpectralNormGraphModule, owner_of, resolve, spectral_norm_node
 from specnorm_fx.passes import unroute_
 
 __all__ = ["freeze", "frozen_state_dict"]
@@ -57,11 +57,9 @@ def freeze(model: nn.Module) -> fx.GraphModule:
         # One parameter under all names, so that a tied weight stays tied.
         constant = nn.Parameter(weight, requires_grad=site.weight.requires_grad)
         for fqn in site.names:
-            owner, _, name = fqn.rpartition(".")
-            setattr(frozen.get_submodule(owner), name, constant)
-        owner, _, name = site.fqn.rpartition(".")
+            setattr(*owner_of(frozen, fqn), constant)
         for suffix in ("_u", "_v"):
-            delattr(frozen.get_submodule(owner), name + suffix)
+            delattr(*owner_of(frozen, site.fqn + suffix))
     return frozen
 
 

@@ -11,7 +11,15 @@ from specnorm_fx import checkpoint, reference
 from specnorm_fx.config import SpectralNormConfig
 from specnorm_fx.module import SpectralNorm
 
-__all__ = ["Site", "SpectralNormGraphModule", "attribute", "parameter_names", "resolve", "spectral_norm_node"]
+__all__ = [
+    "Site",
+    "SpectralNormGraphModule",
+    "attribute",
+    "owner_of",
+    "parameter_names",
+    "resolve",
+    "spectral_norm_node",
+]
 
 
 @dataclass(frozen=True)
@@ -123,10 +131,10 @@ def _converged(site: Site, loaded: Tensor, loaded_u: Tensor | None) -> tuple[Ten
         return site.u, site.v  # PyTorch reports the weight
     weight = loaded.detach().to(site.weight)
     weight_mat = reference.weight_matrix(weight, site.config.dim or 0)
-    u, v = site.vectors()
+    (u, v), order = site.vectors(), site.config.order
     if loaded_u is not None and loaded_u.shape == u.shape:
-        u = loaded_u.to(u)
-    return reference.converge(weight_mat, u, v, site.config.eps)
+        u, order = loaded_u.to(u), "vu"  # the other order would start from v
+    return reference.converge(weight_mat, u, v, site.config.eps, order)
 
 
 def spectral_norm_node(gm: fx.GraphModule) -> Any:
@@ -151,8 +159,18 @@ def attribute(module: nn.Module, fqn: str) -> Any:
         module: The module tree of its graph.
         fqn: The node's target.
     """
+    return getattr(*owner_of(module, fqn))
+
+
+def owner_of(module: nn.Module, fqn: str) -> tuple[nn.Module, str]:
+    """The module that holds an attribute, and the attribute's name there.
+
+    Args:
+        module: The module tree.
+        fqn: The attribute.
+    """
     owner, _, name = fqn.rpartition(".")
-    return getattr(module.get_submodule(owner), name)
+    return module.get_submodule(owner), name
 
 
 def parameter_names(module: nn.Module) -> dict[int, tuple[str, ...]]:

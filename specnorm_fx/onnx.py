@@ -174,7 +174,7 @@ def verify(
         model: Any module in eval mode, transformed or not.
         inputs: One batch (a tensor, or a tuple of positional arguments) or a list of them.
         rtol: The largest difference allowed, relative to the largest value of the output; by default
-            128 machine epsilons of the output's dtype (1.5e-5 in fp32).
+            128 machine epsilons of the output's dtype (1.5e-5 in fp32), and none for integers.
 
     Returns:
         The largest differences found.
@@ -210,7 +210,7 @@ def verify(
             raise VerificationError(f"{path} has {len(outputs)} outputs, and the model has {len(expected)}.")
         for output, (got, want) in enumerate(zip(outputs, expected, strict=True)):
             abs_error, rel_error = _errors(path, got, want.cpu())
-            limit = rtol if rtol is not None else TOLERANCE * torch.finfo(want.dtype).eps
+            limit = _tolerance(want.dtype) if rtol is None else rtol
             # Written so that NaN fails.
             if not rel_error <= limit:
                 raise VerificationError(
@@ -220,6 +220,10 @@ def verify(
             worst_abs, worst_rel = max(worst_abs, abs_error), max(worst_rel, rel_error)
     nodes = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
     return Verification(path, len(batches), worst_abs, worst_rel, limit, dict(nodes))
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCE * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
 def _run(session: Any, path: Path, batch: tuple[Any, ...]) -> list[np.ndarray]:

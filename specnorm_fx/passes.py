@@ -17,7 +17,7 @@ from specnorm_fx import capture, reference
 from specnorm_fx.adopt import TorchSN, find_torch_sn, read_stripped_
 from specnorm_fx.capture import CONVOLUTIONS, TRANSPOSED, Weight
 from specnorm_fx.config import Select, Selectable, Selection, SpectralNormConfig
-from specnorm_fx.graph_module import SpectralNormGraphModule, attribute, spectral_norm_node
+from specnorm_fx.graph_module import SpectralNormGraphModule, attribute, owner_of, spectral_norm_node
 from specnorm_fx.module import SpectralNorm
 
 __all__ = ["SpectralNormPass", "transform"]
@@ -134,9 +134,12 @@ class SpectralNormPass(PassBase):
         adopted = self._adopt_(root)
 
         # 3. The graph, and the weights that it uses.
-        traced = isinstance(root, fx.GraphModule)
-        graph: Any = root.graph if traced else capture.symbolic_trace(root)
-        read_stripped_(graph, adopted.values())
+        graph: Any
+        if isinstance(root, fx.GraphModule):
+            graph = root.graph
+            read_stripped_(graph, adopted.values())
+        else:
+            graph = capture.symbolic_trace(root)
         weights = capture.find_weights(root, graph)
 
         # 4. Those to normalise that are not normalised yet.
@@ -282,7 +285,7 @@ def _register_vectors_(
     gm: nn.Module, weight: Weight, config: SpectralNormConfig, adopted: TorchSN | None
 ) -> None:
     parameter = weight.parameter.detach()
-    owner = gm.get_submodule(weight.modules[0])
+    owner, name = owner_of(gm, weight.fqn)
     if adopted is None:
         first_update = config.n_power_iterations if owner.training else 0
         u, v = reference.initial_vectors(
@@ -300,7 +303,6 @@ def _register_vectors_(
                 f"{weight.fqn!r} carries u and v of {len(u)} and {len(v)} elements, and dim={config.dim} "
                 f"needs {m} and {n}. Leave dim as it was."
             )
-    name = weight.fqn.rpartition(".")[2]
     for suffix, vector in (("_u", u), ("_v", v)):
         if hasattr(owner, name + suffix):
             raise ValueError(

@@ -167,6 +167,11 @@ MODELS = [
 ]
 
 
+def case_named(name):
+    (case,) = (case for case in LAYERS + MODELS if case.name == name)
+    return case
+
+
 def parametrize(cases, argument="case"):
     return pytest.mark.parametrize(argument, cases, ids=[case.name for case in cases])
 

@@ -9,8 +9,8 @@ from torch.nn.utils import spectral_norm as hook_sn
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 
 import specnorm_fx
-from specnorm_fx import convert_state_dict, transform
-from tests.models import MODELS, Discriminator, Tied, apply_torch_sn, parametrize
+from specnorm_fx import convert_state_dict, reference, transform
+from tests.models import MODELS, Discriminator, Tied, apply_torch_sn, case_named, parametrize
 
 SN = {"parametrizations": torch_sn, "hook": hook_sn}
 LAYOUTS = ["specnorm_fx", "parametrizations", "hook"]
@@ -63,7 +63,7 @@ def test_convert_from_each_to_each(case, layout, to):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_convert_to_plain_drops_u_and_v_and_keeps_the_stored_weight(layout):
-    (case,) = (case for case in MODELS if case.name == "discriminator")
+    case = case_named("discriminator")
     state = source(case, layout).state_dict()
     plain = convert_state_dict(state, to="plain")
     Discriminator().load_state_dict(plain, strict=True)
@@ -133,6 +133,20 @@ def test_the_oldest_hook_format_has_no_v():
         convert_state_dict(state, to="parametrizations")
 
 
+def test_the_u_of_the_oldest_hook_format_is_where_v_starts(monkeypatch):
+    """Singular values 1 % apart converge slowly, unless u is right already."""
+    q, _ = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))
+    weight = q @ torch.diag(0.99 ** torch.arange(40, dtype=torch.float64)) @ torch.linalg.qr(q + 1).Q.T
+    u, sigma, _ = torch.linalg.svd(weight)
+    gm = transform(nn.Linear(40, 40, bias=False, dtype=torch.float64))
+    steps = []
+    one_step = reference.power_iteration
+    monkeypatch.setattr(reference, "power_iteration", lambda *a: steps.append(a) or one_step(*a))
+    gm.load_state_dict({"weight_orig": weight, "weight": weight / sigma[0], "weight_u": u[:, 0]})
+    assert len(steps) == 2  # the second sees that sigma rests
+    assert specnorm_fx.sigmas(gm)["weight"].item() == pytest.approx(sigma[0].item(), rel=1e-14)
+
+
 def test_a_copy_loads_every_layout_too():
     import pickle
 
@@ -147,7 +161,7 @@ def test_a_copy_loads_every_layout_too():
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "plain"])
 def test_wrong_shapes_missing_and_surplus_keys(layout):
-    (case,) = (case for case in MODELS if case.name == "discriminator")
+    case = case_named("discriminator")
     gm = transform(case.make())
     before = copy.deepcopy(gm.state_dict())
     good = source(case, layout).state_dict()

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import specnorm_fx
 from specnorm_fx import ops, reference, transform, update_
-from tests.models import MODELS, Block, CalledTwice, parametrize, relative_error
+from tests.models import MODELS, Block, CalledTwice, case_named, parametrize, relative_error
 
 # Relative to eager; another order of summation is all that differs.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
@@ -149,7 +149,7 @@ def test_one_operator_call_whatever_the_number_of_iterations():
 
     for n in (1, 7):
         torch._dynamo.reset()
-        (case,) = (case for case in MODELS if case.name == "discriminator")
+        case = case_named("discriminator")
         torch.compile(transform(case.make(), n_power_iterations=n), backend=keep)(*case.inputs())
     sizes = [len(graph.graph.nodes) for graph in graphs]
     assert sizes[0] == sizes[1]

@@ -15,7 +15,7 @@ from torch import nn
 import specnorm_fx
 from specnorm_fx import freeze, transform
 from specnorm_fx.onnx import VerificationError, export, verify
-from tests.models import MODELS, Discriminator, Labelled, Tied, parametrize
+from tests.models import MODELS, Discriminator, Labelled, Tied, case_named, parametrize
 
 
 class Attention(nn.Module):
@@ -124,11 +124,11 @@ def test_the_stock_exporter_leaves_sigma_in(tmp_path):
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_dynamic_batch(batch, tmp_path):
-    gm = trained(Labelled, partial(MODELS[5].inputs, 2))
-    export(gm, MODELS[5].inputs(2), tmp_path / "d.onnx", dynamic_batch=True)
+    gm = trained(Labelled, partial(case_named("labelled").inputs, 2))
+    export(gm, case_named("labelled").inputs(2), tmp_path / "d.onnx", dynamic_batch=True)
     session = onnxruntime.InferenceSession(tmp_path / "d.onnx")
     assert [i.shape[0] for i in session.get_inputs()] == ["batch", "batch"]
-    args = MODELS[5].inputs(batch)
+    args = case_named("labelled").inputs(batch)
     (got,) = session.run(None, dict(zip(("x", "label"), (a.numpy() for a in args), strict=True)))
     torch.testing.assert_close(torch.from_numpy(got), gm(*args).detach(), rtol=2e-5, atol=2e-6)
 
@@ -183,8 +183,8 @@ def test_the_report_reads_well(tmp_path):
 
 @pytest.fixture
 def exported(tmp_path):
-    gm = trained(Discriminator, MODELS[3].inputs)
-    export(gm, MODELS[3].inputs(), tmp_path / "d.onnx")
+    gm = trained(Discriminator, case_named("discriminator").inputs)
+    export(gm, case_named("discriminator").inputs(), tmp_path / "d.onnx")
     return gm, tmp_path / "d.onnx"
 
 
@@ -198,7 +198,7 @@ def edit(path, change):
 @pytest.mark.parametrize("change", [0.01, np.nan])
 def test_a_wrong_weight_makes_verify_fail(exported, name, change):
     gm, path = exported
-    batches = [MODELS[3].inputs() for _ in range(3)]
+    batches = [case_named("discriminator").inputs() for _ in range(3)]
     verify(path, gm, batches)
 
     def plant(graph):
@@ -297,6 +297,23 @@ def test_export_refuses_an_opset_it_cannot_write(opset, tmp_path, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_integer_outputs_must_be_equal(tmp_path):
+    class Decision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.lin(x).argmax(1)
+
+    gm = transform(Decision()).eval()
+    report = export(gm, torch.randn(8, 4), tmp_path / "d.onnx")
+    assert (report.rtol, report.max_abs_error) == (0.0, 0.0)
+    other = transform(Decision()).eval()
+    with pytest.raises(VerificationError, match=r"limit 0.000e\+00"):
+        verify(tmp_path / "d.onnx", other, torch.randn(8, 4))
+
+
 def test_labels_are_drawn_from_the_example(tmp_path):
     """An index outside the embedding would fail in both runtimes."""
     gm = transform(Labelled(), "*").eval()
@@ -304,7 +321,7 @@ def test_labels_are_drawn_from_the_example(tmp_path):
 
 
 @parametrize(MODELS[:1])
-def test_default_extra_message(case, tmp_path, monkeypatch):
+def test_a_missing_extra_is_named(case, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(
         ImportError, match=r"specnorm_fx.onnx needs onnxruntime: pip install 'specnorm-fx\[onnx\]'"
