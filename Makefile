@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo clean
+.PHONY: test demo bench clean
 
 test: .venv/installed
 	$(BIN)/ruff check .
@@ -13,10 +13,13 @@ test: .venv/installed
 demo: .venv/installed
 	$(BIN)/python demo/run.py
 
-.venv/installed: pyproject.toml constraints.txt
+bench: .venv/installed
+	$(BIN)/python benchmarks/run.py
+
+.venv/installed: pyproject.toml setup.py constraints.txt specnorm_fx/cpu_kernels.c
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv build specnorm_fx/*.so

@@ -17,6 +17,7 @@ Select: TypeAlias = "Pattern | Sequence[Pattern] | Mapping[Pattern, SpectralNorm
 
 UPDATES = ("forward", "step")
 ORDERS = ("uv", "vu")
+IMPLEMENTATIONS = ("auto", "reference")
 
 # How many weights an error message names, of a model that may have hundreds.
 LISTED = 20
@@ -35,6 +36,9 @@ class SpectralNormConfig:
             step then sees the same weights.
         order: ``"uv"``: u first, then v, as ``torch.nn.utils.parametrizations.spectral_norm``.
             ``"vu"``: as the legacy hook ``torch.nn.utils.spectral_norm``.
+        implementation: ``"auto"``: the fastest there is for the device, equal to torch's up to rounding.
+            ``"reference"``: torch's operations in torch's order (`specnorm_fx.reference`), bit-identical to
+            it on the CPU.
 
     Raises:
         ValueError: A value is out of its range.
@@ -45,6 +49,7 @@ class SpectralNormConfig:
     dim: int | None = None
     update: str = "forward"
     order: str = "uv"
+    implementation: str = "auto"
 
     def __post_init__(self) -> None:
         n = self.n_power_iterations
@@ -58,6 +63,8 @@ class SpectralNormConfig:
             raise ValueError(f"update must be one of {UPDATES}, got {self.update!r}.")
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {ORDERS}, got {self.order!r}.")
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {self.implementation!r}.")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "SpectralNormConfig":

@@ -1,37 +1,201 @@
-"""The operator ``specnorm_fx::singular_vectors``: u and v of all weights in one opaque call.
+"""The operators: spectral norm of many weights in one opaque call, whatever runs it.
 
-An operator, because ``torch.compile`` must not look inside: were the power iteration a part of the graph,
+``specnorm_fx::normalize`` (`normalize`)
+    Power iteration, sigma and ``W / sigma`` of weights of one device and compute dtype, differentiable.
+``specnorm_fx::normalize_backward``
+    Its gradient.
+``specnorm_fx::power_iteration`` (`power_iteration`)
+    The first without the division, for `specnorm_fx.update_`.
+``specnorm_fx::singular_vectors`` (`singular_vectors`)
+    u and v by torch's operations in torch's order, for ``implementation="reference"``.
+
+Operators, because ``torch.compile`` must not look inside: were the power iteration a part of the graph,
 Inductor would write the new u straight into its buffer and save that buffer for backward, where the next
 forward overwrites it (torch 2.13: "modified by an inplace operation" for D(real) - D(fake)). And one call
-costs the same to compile for any number of iterations.
+costs the same to compile for any number of iterations and of layers.
+
+On the CPU they run `specnorm_fx.cpu_kernels`, on CUDA `specnorm_fx.triton_kernels` where Triton is
+installed, and elsewhere `specnorm_fx.reference`, weight by weight. All three take and give the same.
 """
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from specnorm_fx import reference
+from specnorm_fx import cpu_kernels, reference
 
-__all__ = ["singular_vectors"]
+__all__ = ["groups", "normalize", "power_iteration", "singular_vectors"]
 
-torch.library.define(
-    "specnorm_fx::singular_vectors",
+# The overload that the operators are. Compiled code is cached on disk by the names in its graph: whoever
+# changes what an operator takes, gives or saves for backward must change this, or users get the old
+# gradient with the new forward.
+REVISION = "r1"
+
+ARGUMENTS = (
     "(Tensor[] weights, Tensor[] us, Tensor[] vs, int[] n_power_iterations, float[] eps, int[] dims, "
-    "str[] orders) -> (Tensor[], Tensor[])",
+    "str[] orders)"
 )
 
 
-def _singular_vectors(
+def groups(weights: Sequence[Tensor]) -> list[list[int]]:
+    """Which weights can go through one call of `normalize`: those of one device and compute dtype.
+
+    Args:
+        weights: Of any dtype.
+
+    Returns:
+        Positions in ``weights``, each in one group; but complex weights in none, they are for the reference.
+    """
+    found: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, weight in enumerate(weights):
+        if not weight.is_complex():
+            found.setdefault((weight.device, reference.compute_dtype(weight)), []).append(index)
+    return list(found.values())
+
+
+# --- What runs where ---
+
+
+@functools.cache
+def _cuda_kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from specnorm_fx import triton_kernels
+
+    return triton_kernels
+
+
+def _kernels(weights: Sequence[Tensor]) -> ModuleType | None:
+    """The module that has the three kernels for some weights, or None: go by the reference."""
+    device = weights[0].device.type
+    if device == "cpu":
+        dtypes = {weight.dtype for weight in weights}
+        return cpu_kernels if dtypes <= set(cpu_kernels.DTYPES) and cpu_kernels.available() else None
+    return _cuda_kernels() if device == "cuda" else None
+
+
+def _normalize(
     weights: list[Tensor],
     us: list[Tensor],
     vs: list[Tensor],
-    n_power_iterations: list[int],
+    n: list[int],
     eps: list[float],
     dims: list[int],
     orders: list[str],
-) -> tuple[list[Tensor], list[Tensor]]:
-    columns = (weights, us, vs, n_power_iterations, eps, dims, orders)
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    device = weights[0].device
+    with reference.autocast_off(device.type):
+        kernels = _kernels(weights)
+        if kernels is not None:
+            result: tuple[Tensor, Tensor, list[Tensor]] = kernels.normalize(
+                weights, us, vs, n, eps, dims, orders
+            )
+            return result
+        vectors, sigmas = _power_iteration(weights, us, vs, n, eps, dims, orders)
+        columns = (weights, *_split(vectors, weights, dims), eps, dims)
+        return vectors, sigmas, [reference.normalized(*site) for site in zip(*columns, strict=True)]
+
+
+def _power_iteration(
+    weights: list[Tensor],
+    us: list[Tensor],
+    vs: list[Tensor],
+    n: list[int],
+    eps: list[float],
+    dims: list[int],
+    orders: list[str],
+) -> tuple[Tensor, Tensor]:
+    device = weights[0].device
+    with reference.autocast_off(device.type):
+        kernels = _kernels(weights)
+        if kernels is not None:
+            found: tuple[Tensor, Tensor] = kernels.power_iteration(weights, us, vs, n, eps, dims, orders)
+            return found
+        new_us, new_vs = _singular_vectors(weights, us, vs, n, eps, dims, orders)
+        matrices = map(reference.weight_matrix, weights, dims)
+        sigmas = torch.stack([*map(reference.sigma, matrices, new_us, new_vs)])
+        return torch.cat(new_us + new_vs), sigmas.double()
+
+
+def _gradients_by_kernel(
+    grads: list[Tensor | None],
+    normalized: list[Tensor],
+    vectors: Tensor,
+    sigmas: Tensor,
+    eps: list[float],
+    dims: list[int],
+) -> list[Tensor]:
+    device = vectors.device
+    with reference.autocast_off(device.type):
+        kernels = _kernels(normalized)
+        if kernels is not None:
+            gradients = kernels.normalize_backward(grads, normalized, vectors, sigmas, eps, dims)
+        else:
+            columns = (grads, normalized, *_split(vectors, normalized, dims), sigmas.unbind(), eps, dims)
+            gradients = [
+                None if grad is None else reference.gradient(grad, *site)
+                for grad, *site in zip(*columns, strict=True)
+            ]
+        return [gradient for gradient in gradients if gradient is not None]
+
+
+def _singular_vectors(*columns: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
     pairs = [reference.singular_vectors(*site) for site in zip(*columns, strict=True)]
     return [u for u, _ in pairs], [v for _, v in pairs]
+
+
+def _split(
+    vectors: Tensor, weights: Sequence[Tensor], dims: Sequence[int]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The us and vs that are one tensor."""
+    ms = [weight.shape[dim] for weight, dim in zip(weights, dims, strict=True)]
+    views = vectors.split(ms + [weight.numel() // m for weight, m in zip(weights, ms, strict=True)])
+    return views[: len(ms)], views[len(ms) :]
+
+
+def _gradients(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    vectors: Tensor,
+    eps: Sequence[float],
+    dims: Sequence[int],
+) -> list[Tensor | None]:
+    """The gradient of `reference.normalized` by ATen, differentiable again in G and W."""
+    columns = (grads, weights, *_split(vectors, weights, dims), eps, dims)
+    return [
+        None if grad is None else reference.normalized_backward(grad, *site)
+        for grad, *site in zip(*columns, strict=True)
+    ]
+
+
+# --- Shapes ---
+
+
+def _fake_normalize(
+    weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *_: object
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    vectors, sigmas = _fake_power_iteration(weights, us, vs)
+    return vectors, sigmas, [torch.empty_like(weight) for weight in weights]
+
+
+def _fake_power_iteration(
+    weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *_: object
+) -> tuple[Tensor, Tensor]:
+    dtype = reference.compute_dtype(weights[0])
+    size = sum(x.shape[0] for x in (*us, *vs))
+    sigmas = us[0].new_empty(len(weights), dtype=torch.float64)
+    return us[0].new_empty(size, dtype=dtype), sigmas
+
+
+def _fake_gradients(grads: list[Tensor | None], weights: list[Tensor], *_: object) -> list[Tensor]:
+    pairs = zip(grads, weights, strict=True)
+    return [torch.empty_like(weight) for grad, weight in pairs if grad is not None]
 
 
 def _fake_singular_vectors(
@@ -44,9 +208,127 @@ def _fake_singular_vectors(
     )
 
 
-torch.library.impl("specnorm_fx::singular_vectors", "CompositeExplicitAutograd", _singular_vectors)
-torch.library.register_fake("specnorm_fx::singular_vectors", _fake_singular_vectors)
+# --- Gradient ---
 
-# (weights, us, vs, n_power_iterations, eps, dims, orders) -> (us, vs): `reference.singular_vectors` of each
-# weight, which must be detached. The results are fresh tensors and carry no gradient.
-singular_vectors = torch.ops.specnorm_fx.singular_vectors.default
+
+class _Normalize(torch.autograd.Function):
+    """`specnorm_fx::normalize_forward` with its gradient.
+
+    An ``autograd.Function`` inside a composite operator, and not ``torch.library.register_autograd``, of
+    which the version for lists of tensors cannot be used under ``torch.func`` (torch 2.13).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, n: list[int], eps: list[float], dims: list[int], orders: list[str], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        size = len(eps)
+        weights, us, vs = (list(tensors[i * size : (i + 1) * size]) for i in range(3))
+        vectors, sigmas, normalized = _normalize_forward(weights, us, vs, n, eps, dims, orders)
+        ctx.eps, ctx.dims = eps, dims
+        ctx.mark_non_differentiable(vectors, sigmas)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*weights, *normalized, vectors, sigmas)
+        return vectors, sigmas, *normalized
+
+    @staticmethod
+    def backward(ctx: Any, _vectors: None, _sigmas: None, *grads: Tensor | None) -> tuple[Any, ...]:
+        *saved, vectors, sigmas = ctx.saved_tensors
+        weights, normalized = saved[: len(grads)], saved[len(grads) :]
+        needed = ctx.needs_input_grad[4 : 4 + len(weights)]
+        wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+        if torch.is_grad_enabled() or _transformed(wanted):
+            # create_graph, is_grads_batched or torch.func: by operations that can be transformed again.
+            gradients = _gradients(wanted, weights, vectors, ctx.eps, ctx.dims)
+        else:
+            compact = iter(_normalize_backward(wanted, normalized, vectors, sigmas, ctx.eps, ctx.dims))
+            gradients = [None if grad is None else next(compact) for grad in wanted]
+        return (None, None, None, None, *gradients, *[None] * (2 * len(weights)))
+
+
+def _transformed(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether ``torch.func`` or ``is_grads_batched`` (which has a vmap of its own) is at work."""
+    return torch._C._are_functorch_transforms_active() or any(
+        x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors
+    )
+
+
+def _differentiable_normalize(
+    weights: list[Tensor],
+    us: list[Tensor],
+    vs: list[Tensor],
+    n: list[int],
+    eps: list[float],
+    dims: list[int],
+    orders: list[str],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    if _transformed(weights):
+        # By operations that torch.func can transform as often as it likes.
+        stored = [weight.detach() for weight in weights]
+        vectors, sigmas = power_iteration(stored, us, vs, n, eps, dims, orders)
+        columns = (weights, *_split(vectors, weights, dims), eps, dims)
+        return vectors, sigmas, [reference.normalized(*site) for site in zip(*columns, strict=True)]
+    results = _Normalize.apply(n, eps, dims, orders, *weights, *us, *vs)  # type: ignore[no-untyped-call]
+    vectors, sigmas, *normalized = results
+    return vectors, sigmas, normalized
+
+
+# --- Registration: with calls, not decorators, so that the functions above stay plain functions ---
+
+
+def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any] | None) -> Any:
+    """Register an operator; without ``fake`` one that is made of others."""
+    qualified = f"specnorm_fx::{name}.{REVISION}"
+    # Any layout will do: else Inductor, which turns the weights of convolutions to channels_last, would turn
+    # each back before the operator, and its result again after it (2.8 M weights: 20 % of a training step).
+    torch.library.define(qualified, schema, tags=torch.Tag.flexible_layout)
+    key = "CompositeImplicitAutograd" if fake is None else "CompositeExplicitAutograd"
+    torch.library.impl(qualified, key, function)
+    overload = getattr(getattr(torch.ops.specnorm_fx, name), REVISION)
+    if fake is not None:
+        torch.library.register_fake(qualified, fake)
+    torch.library.register_vmap(qualified, functools.partial(_one_by_one, overload))
+    return overload
+
+
+def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+    """``torch.vmap`` of an operator: a call for each element, of an ensemble of models say."""
+    values, structure = tree_flatten(arguments)
+    batched = tree_flatten(in_dims, is_leaf=lambda d: d is None)[0]
+    results = []
+    for k in range(info.batch_size):
+        selected = [x if dim is None else x.select(dim, k) for x, dim in zip(values, batched, strict=True)]
+        results.append(operator(*tree_unflatten(selected, structure)))
+    stacked = tree_map(lambda *parts: torch.stack(parts), *results)
+    return stacked, tree_map(lambda _: 0, stacked)
+
+
+# (weights, us, vs, n_power_iterations, eps, dims, orders) -> (vectors, sigmas, normalized). `vectors` is one
+# fresh tensor of the compute dtype with all new us, then all new vs; `sigmas` are u^T W v of these, [L] in
+# float64; `normalized` are W / sigma, or W where |sigma| <= eps. Only they carry gradient, to the weights.
+# Dynamo keeps it as one call; below, it is the two that follow.
+normalize = _define(
+    "normalize", f"{ARGUMENTS} -> (Tensor, Tensor, Tensor[])", _differentiable_normalize, None
+)
+_normalize_forward = _define(
+    "normalize_forward", f"{ARGUMENTS} -> (Tensor, Tensor, Tensor[])", _normalize, _fake_normalize
+)
+# (grads or None, normalized, vectors, sigmas, eps, dims) -> the gradients of the weights that have one. From
+# W / sigma and not W: the user of the weight keeps it anyway, in the layout that its gradient comes in.
+_normalize_backward = _define(
+    "normalize_backward",
+    "(Tensor?[] grads, Tensor[] normalized, Tensor vectors, Tensor sigmas, float[] eps, int[] dims) "
+    "-> Tensor[]",
+    _gradients_by_kernel,
+    _fake_gradients,
+)
+
+# As `normalize`, (vectors, sigmas) only. The weights must be detached.
+power_iteration = _define(
+    "power_iteration", f"{ARGUMENTS} -> (Tensor, Tensor)", _power_iteration, _fake_power_iteration
+)
+
+# As `normalize`, -> (us, vs): `reference.singular_vectors` of each weight, which must be detached.
+singular_vectors = _define(
+    "singular_vectors", f"{ARGUMENTS} -> (Tensor[], Tensor[])", _singular_vectors, _fake_singular_vectors
+)

@@ -37,6 +37,7 @@ def transform(
     dim: int | None = None,
     update: str = "forward",
     order: str = "uv",
+    implementation: str = "auto",
     **unknown: Any,
 ) -> SpectralNormGraphModule:
     """Normalise weights of a model by their spectral norm, in a graph.
@@ -46,9 +47,10 @@ def transform(
     ``model`` itself is left as it is. Call it before ``torch.compile`` and before DDP.
 
     Equivalent to ``torch.nn.utils.parametrizations.spectral_norm`` on each selected layer (same start
-    for the same seed, bit-identical on the CPU). It differs in that every weight iterates once per
-    training forward of the model, however often it is used, and that a tied weight is normalised for
-    all its users; see `specnorm_fx.reference` for tiny and half-precision weights.
+    for the same seed; with ``implementation="reference"`` bit-identical on the CPU). It differs in that
+    every weight iterates once per training forward of the model, however often it is used, and that a
+    tied weight is normalised for all its users; see `specnorm_fx.reference` for tiny and half-precision
+    weights.
 
     Args:
         model: A model that ``torch.fx.symbolic_trace`` can follow, or any ``fx.GraphModule`` (that of
@@ -65,6 +67,7 @@ def transform(
         dim: As there.
         update: As there.
         order: As there.
+        implementation: As there.
         **unknown: Anything else is refused.
 
     Returns:
@@ -83,6 +86,7 @@ def transform(
         "dim": dim,
         "update": update,
         "order": order,
+        "implementation": implementation,
     }
     rewrite = SpectralNormPass(select, **options, **unknown)
     _check_supported(model)
@@ -213,7 +217,9 @@ class SpectralNormPass(PassBase):
             capture.refuse_opaque_users(weight, root, graph)
             theirs = _theirs(weight, adopted)
             if theirs is not None and config is self.default:
-                config = replace(theirs.config, update=self.default.update)
+                config = replace(
+                    theirs.config, update=self.default.update, implementation=self.default.implementation
+                )
             chosen.append((weight, _resolved(weight, config)))
         return chosen
 

@@ -11,8 +11,8 @@ Equivalent to ``torch.nn.utils.parametrizations.spectral_norm`` (and bit-identic
 for unit ``u``, ``v`` and a weight above ``eps``): the same operations in the same order. It differs in
 
 1. nothing is updated in place: new ``u`` and ``v`` are returned;
-2. a product no longer than ``eps`` carries no direction: the vector keeps the one it had, where
-   torch divides by ``eps`` and lets the vector decay to zero;
+2. a product no longer than ``eps``, or not finite, carries no direction: the vector keeps the one it
+   had, where torch divides by ``eps`` and lets the vector decay to zero;
 3. a weight whose ``|sigma|`` is no larger than ``eps`` is left as it is, where torch gives NaN;
 4. stored vectors that are not of unit length (averaged buffers, say) are rescaled, so that sigma
    is ``u^H W v / (|u| |v|)``;
@@ -27,10 +27,13 @@ from torch import Tensor
 
 __all__ = [
     "INITIAL_ITERATIONS",
+    "autocast_off",
     "compute_dtype",
     "converge",
+    "gradient",
     "initial_vectors",
     "normalized",
+    "normalized_backward",
     "power_iteration",
     "residual",
     "sigma",
@@ -68,7 +71,7 @@ def weight_matrix(weight: Tensor, dim: int) -> Tensor:
     weight = weight.to(compute_dtype(weight))
     if dim != 0:
         weight = weight.permute(dim, *(d for d in range(weight.ndim) if d != dim))
-    return weight.flatten(1)
+    return weight.reshape(weight.shape[0], -1)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -141,8 +144,8 @@ def power_iteration(
 
 def _direction(product: Tensor, previous: Tensor, eps: float) -> Tensor:
     norm = product.norm(2, dim=0, keepdim=True)
-    # A NaN norm compares false too, so one bad step of the weights does not poison the vectors.
-    return torch.where(norm > eps, product / norm, previous)
+    # Nor do NaN and inf carry one: a bad step of the weights must not poison the vectors for good.
+    return torch.where((norm > eps) & norm.isfinite(), product / norm, previous)
 
 
 @torch.no_grad()
@@ -234,7 +237,7 @@ def singular_vectors(
     Returns:
         u and v in the dtype of `weight_matrix`; fresh tensors.
     """
-    with _autocast_off(weight.device.type):
+    with autocast_off(weight.device.type):
         weight_mat = weight_matrix(weight, dim)
         u, v = u.to(weight_mat.dtype), v.to(weight_mat.dtype)
         if n_power_iterations:
@@ -257,11 +260,64 @@ def normalized(weight: Tensor, u: Tensor, v: Tensor, eps: float, dim: int) -> Te
     Returns:
         Shape and dtype of ``weight``.
     """
-    with _autocast_off(weight.device.type):
+    with autocast_off(weight.device.type):
         weight_mat = weight_matrix(weight, dim)
         divisor = sigma(weight_mat, u, v)
         divisor = torch.where(divisor.abs() > eps, divisor, 1)
         return (weight.to(weight_mat.dtype) / divisor).to(weight.dtype)
+
+
+def normalized_backward(grad: Tensor, weight: Tensor, u: Tensor, v: Tensor, eps: float, dim: int) -> Tensor:
+    """The gradient of `normalized` in W, written out: differentiable in G and W, u and v constant.
+
+    Args:
+        grad: G, the gradient of the result; shape and dtype of ``weight``.
+        weight: As in `weight_matrix`, real.
+        u: As in `normalized`.
+        v: Likewise.
+        eps: Likewise; where ``|sigma|`` is no larger the gradient is G.
+        dim: As in `weight_matrix`.
+
+    Returns:
+        ``(G - <G, W> / sigma u v^T) / sigma``, shape and dtype of ``weight``.
+    """
+    weight_mat, grad_mat = weight_matrix(weight, dim), weight_matrix(grad, dim)
+    value = sigma(weight_mat, u, v)
+    normal = value.abs() > eps
+    divisor = torch.where(normal, value, 1)
+    product = torch.where(normal, (grad_mat * weight_mat).sum() / divisor, 0)
+    result = (grad_mat - product * torch.outer(u, v)) / divisor
+    return _as_weight(result, weight, dim)
+
+
+def gradient(
+    grad: Tensor, normalized: Tensor, u: Tensor, v: Tensor, sigma: Tensor, eps: float, dim: int
+) -> Tensor:
+    """The gradient of `normalized` in W from its result, where it need not be differentiated again.
+
+    Args:
+        grad: G; shape and dtype of the weight.
+        normalized: ``W / sigma``, likewise.
+        u: As in `normalized`.
+        v: Likewise.
+        sigma: ``[]``.
+        eps: Where ``|sigma|`` is no larger the gradient is G.
+        dim: As in `weight_matrix`.
+
+    Returns:
+        ``(G - <G, W / sigma> u v^T) / sigma``, shape and dtype of the weight.
+    """
+    grad_mat, normalized_mat = weight_matrix(grad, dim), weight_matrix(normalized, dim)
+    normal = sigma.abs() > eps
+    product = torch.where(normal, (grad_mat * normalized_mat).sum(), 0)
+    result = (grad_mat - product * torch.outer(u, v)) / torch.where(normal, sigma, 1).to(u.dtype)
+    return _as_weight(result, normalized, dim)
+
+
+def _as_weight(weight_mat: Tensor, weight: Tensor, dim: int) -> Tensor:
+    """The inverse of `weight_matrix`."""
+    others = [size for d, size in enumerate(weight.shape) if d != dim]
+    return weight_mat.reshape(-1, *others).movedim(0, dim).to(weight.dtype).contiguous()
 
 
 @torch.no_grad()
@@ -289,7 +345,12 @@ def residual(weight_mat: Tensor, u: Tensor, v: Tensor, eps: float) -> tuple[Tens
     return size, torch.where(size > eps, torch.maximum(gap_u, gap_v) / size, 0)
 
 
-def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[None]:
+def autocast_off(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """A context without autocast, which would round what is to be computed in fp32.
+
+    Args:
+        device_type: Of the tensors inside.
+    """
     # Entered only when autocast is on: the context would otherwise stand in every exported graph.
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)

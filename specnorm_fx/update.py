@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from specnorm_fx import reference
-from specnorm_fx.graph_module import resolve
+from specnorm_fx import ops, reference
+from specnorm_fx.graph_module import Site, resolve
 
 __all__ = ["update_", "warm_up_"]
 
@@ -30,13 +30,34 @@ def update_(model: nn.Module) -> None:
             "update_ found no weight with update='step': with update='forward' every training forward "
             "iterates by itself. Use transform(model, update='step')."
         )
+    auto = [site for site in sites if site.config.implementation == "auto"]
+    together = [[auto[i] for i in group] for group in ops.groups([site.weight for site in auto])]
+    for group in together:
+        _update_together_(group)
+    updated = {site.fqn for group in together for site in group}
     for site in sites:
-        config = site.config
-        u, v = reference.power_iteration(
-            site.matrix(), *site.vectors(), config.n_power_iterations, config.eps, config.order
-        )
-        site.u.copy_(u)
-        site.v.copy_(v)
+        if site.fqn not in updated:
+            config = site.config
+            u, v = reference.power_iteration(
+                site.matrix(), *site.vectors(), config.n_power_iterations, config.eps, config.order
+            )
+            site.u.copy_(u)
+            site.v.copy_(v)
+
+
+def _update_together_(sites: list[Site]) -> None:
+    configs = [site.config for site in sites]
+    old = [site.u for site in sites] + [site.v for site in sites]
+    vectors, _ = ops.power_iteration(
+        [site.weight.detach() for site in sites],
+        old[: len(sites)],
+        old[len(sites) :],
+        [config.n_power_iterations for config in configs],
+        [config.eps for config in configs],
+        [config.dim or 0 for config in configs],
+        [config.order for config in configs],
+    )
+    torch._foreach_copy_(old, vectors.split([x.shape[0] for x in old]))
 
 
 @torch.no_grad()

@@ -154,7 +154,7 @@ def test_one_operator_call_whatever_the_number_of_iterations():
     sizes = [len(graph.graph.nodes) for graph in graphs]
     assert sizes[0] == sizes[1]
     for graph in graphs:
-        calls = [n for n in graph.graph.nodes if n.target is ops.singular_vectors]
+        calls = [n for n in graph.graph.nodes if n.target is ops.normalize]
         assert len(calls) == 1
 
 

@@ -9,6 +9,7 @@ from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 
 import specnorm_fx
 from specnorm_fx import freeze, transform
+from specnorm_fx.graph_module import spectral_norm_node
 from tests.models import LAYERS, MODELS, parametrize, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -112,3 +113,19 @@ def test_moving_freezing_and_onnx(case, tmp_path):
     assert torch.equal(freeze(gm)(*inputs), gm(*inputs))
     report = specnorm_fx.onnx.export(gm, inputs, tmp_path / "d.onnx", rtol=1e-4)
     assert report.batches == 3
+
+
+def test_launches_do_not_grow_with_the_layers():
+    """Of one training forward, u and v copied back: no more than six."""
+    counts = []
+    for depth in (2, 12):
+        gm = transform(nn.Sequential(*[nn.Linear(64, 64) for _ in range(depth)]).cuda())
+        call = gm.get_submodule(str(spectral_norm_node(gm).target))
+        columns = [[getattr(site, name) for site in gm.sites()] for name in ("weight", "u", "v")]
+        call(*columns)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call(*columns)
+            torch.cuda.synchronize()
+        counts.append(sum(event.device_type.name == "CUDA" for event in profile.events()))
+    assert counts[0] == counts[1] <= 6

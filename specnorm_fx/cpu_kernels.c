@@ -1,0 +1,426 @@
+/* The loops of cpu_kernels.py: spectral norm of many weights in one parallel region.
+
+   Included by itself once for each type; REAL is the type, NAME(x) the function's name for it.
+
+   With the unnormalised products t = W v and s = W^T t, the new vectors are t / |t| and s / |s|, and sigma is
+   |s| / |t|. Both products come from one pass over W: some rows give their part of t, and with it at once
+   their part of s, while they are in the cache. A matrix that lies transposed in memory gets the same pass by
+   columns. Work is cut into blocks by shape alone, each block has a partial sum of its own, and these are added
+   in order: the bits depend neither on the number of threads nor on which thread did what. */
+
+#ifndef REAL
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* One build for every x86-64 machine: the loader picks the widest vectors that it has. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define VECTORISED __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define VECTORISED
+#endif
+
+/* Elements in a block: small enough to share out among threads, large enough to be worth it. */
+#define BLOCK 32768
+/* Bytes of weights that the last cache holds, roughly, beside what else is read and written with them. */
+#define CACHE (8 << 20)
+/* Partial sums of a matrix: as many as threads that can work on it at once; each costs a row. */
+#define MOST_PARTS 16
+#define FEWEST_ROWS 32
+/* Lengths outside of these are left to the caller: inside, squares and fourth powers of sigma are normal. */
+#define SHORTEST 1e-15
+#define LONGEST 1e15
+
+/* A weight as a matrix of `rows` rows; row r, column (g, b) at r * row_stride + g * group_stride + b. */
+typedef struct {
+    int64_t rows, groups, width, row_stride, group_stride;
+    int64_t by_rows;      /* iterate: start from the vector of the columns (1) or of the rows (0) */
+    int64_t iterations;   /* from 0 */
+    double eps;
+} site;
+
+/* The tensors of a site. `places`, or NULL: where in the column vector each column stands. */
+typedef struct {
+    const void *weight, *row_vector, *column_vector;
+    void *new_row_vector, *new_column_vector, *result;
+    const int64_t *places;
+} tensors;
+
+static int64_t at_least(int64_t x, int64_t least) { return x > least ? x : least; }
+static int64_t at_most(int64_t x, int64_t most) { return x < most ? x : most; }
+static int64_t columns_of(const site *s) { return s->groups * s->width; }
+static int64_t size_of(const site *s) { return s->rows * columns_of(s); }
+static int64_t parts(int64_t total, int64_t step) { return (total + step - 1) / step; }
+
+/* Rows of a block of the pass by rows. */
+static int64_t row_step(const site *s) {
+    int64_t count = at_most(parts(size_of(s), BLOCK), at_most(MOST_PARTS, at_least(s->rows / FEWEST_ROWS, 1)));
+    return parts(s->rows, count);
+}
+
+/* Columns of a block of the pass by columns: of one group, or whole groups. */
+static int64_t column_step(const site *s) {
+    int64_t step = at_least(8 * BLOCK / s->rows, 16);
+    if (step >= s->width) return s->width * at_most(at_least(step / s->width, 1), s->groups);
+    return at_least(step / 16 * 16, 16);
+}
+
+static int64_t steps_in_width(const site *s) {
+    return column_step(s) >= s->width ? 1 : parts(s->width, column_step(s));
+}
+
+/* Blocks of one pass over a matrix. */
+static int64_t blocks_of(const site *s) {
+    if (s->by_rows || s->iterations == 0) return parts(s->rows, row_step(s));
+    int64_t step = column_step(s);
+    if (step >= s->width) return parts(s->groups, step / s->width);
+    return s->groups * steps_in_width(s);
+}
+
+/* Sites worked on together: as many as the cache holds from the first time they are read to the second. */
+static int64_t batch_end(const site *sites, int64_t count, int64_t first, int64_t bytes) {
+    int64_t last = first, total = 0;
+    while (last < count && (last == first || total + size_of(sites + last) * bytes <= CACHE))
+        total += size_of(sites + last++) * bytes;
+    return last;
+}
+
+/* Which site the k-th block belongs to, `starts` being the number of blocks before each. */
+static int64_t find(const int64_t *starts, int64_t count, int64_t k) {
+    int64_t low = 0, high = count;
+    while (high - low > 1) {
+        int64_t middle = (low + high) / 2;
+        if (starts[middle] <= k) low = middle; else high = middle;
+    }
+    return low;
+}
+
+#define REAL float
+#define NAME(x) x##_float
+#include "cpu_kernels.c"
+#undef REAL
+#undef NAME
+#define REAL double
+#define NAME(x) x##_double
+#include "cpu_kernels.c"
+
+#else /* REAL */
+
+/* y = M x for some rows and, unless z is NULL, z = M^T y for these rows. */
+VECTORISED static void NAME(pass_by_rows)(const site *s, const REAL *weight, int64_t first, int64_t last,
+                                          const REAL *x, REAL *y, REAL *z) {
+    const int64_t stride = s->row_stride, width = s->width;
+    if (z) memset(z, 0, columns_of(s) * sizeof(REAL));
+    int64_t r = first;
+    for (; r + 4 <= last; r += 4) {  /* four rows share each load of x and z */
+        REAL y0 = 0, y1 = 0, y2 = 0, y3 = 0;
+        for (int64_t g = 0; g < s->groups; g++) {
+            const REAL *w0 = weight + r * stride + g * s->group_stride;
+            const REAL *w1 = w0 + stride, *w2 = w1 + stride, *w3 = w2 + stride, *xg = x + g * width;
+#pragma omp simd reduction(+ : y0, y1, y2, y3)
+            for (int64_t b = 0; b < width; b++) {
+                y0 += w0[b] * xg[b];
+                y1 += w1[b] * xg[b];
+                y2 += w2[b] * xg[b];
+                y3 += w3[b] * xg[b];
+            }
+        }
+        y[r] = y0, y[r + 1] = y1, y[r + 2] = y2, y[r + 3] = y3;
+        for (int64_t g = 0; z && g < s->groups; g++) {
+            const REAL *w0 = weight + r * stride + g * s->group_stride;
+            const REAL *w1 = w0 + stride, *w2 = w1 + stride, *w3 = w2 + stride;
+            REAL *zg = z + g * width;
+#pragma omp simd
+            for (int64_t b = 0; b < width; b++) zg[b] += (y0 * w0[b] + y1 * w1[b]) + (y2 * w2[b] + y3 * w3[b]);
+        }
+    }
+    for (; r < last; r++) {
+        REAL y0 = 0;
+        for (int64_t g = 0; g < s->groups; g++) {
+            const REAL *w0 = weight + r * stride + g * s->group_stride, *xg = x + g * width;
+#pragma omp simd reduction(+ : y0)
+            for (int64_t b = 0; b < width; b++) y0 += w0[b] * xg[b];
+        }
+        y[r] = y0;
+        for (int64_t g = 0; z && g < s->groups; g++) {
+            const REAL *w0 = weight + r * stride + g * s->group_stride;
+            REAL *zg = z + g * width;
+#pragma omp simd
+            for (int64_t b = 0; b < width; b++) zg[b] += y0 * w0[b];
+        }
+    }
+}
+
+/* y = M^T x for the columns [first, last) of some groups, and z = M y for these columns. */
+VECTORISED static void NAME(pass_by_columns)(const site *s, const REAL *weight, int64_t first_group,
+                                             int64_t last_group, int64_t first, int64_t last, const REAL *x,
+                                             REAL *y, REAL *z) {
+    memset(z, 0, s->rows * sizeof(REAL));
+    for (int64_t g = first_group; g < last_group; g++) {
+        const REAL *wg = weight + g * s->group_stride;
+        REAL *yg = y + g * s->width;
+        for (int64_t b = first; b < last; b++) yg[b] = 0;
+        for (int64_t r = 0; r < s->rows; r++) {
+            const REAL *w0 = wg + r * s->row_stride, x0 = x[r];
+#pragma omp simd
+            for (int64_t b = first; b < last; b++) yg[b] += x0 * w0[b];
+        }
+        for (int64_t r = 0; r < s->rows; r++) {
+            const REAL *w0 = wg + r * s->row_stride;
+            REAL z0 = 0;
+#pragma omp simd reduction(+ : z0)
+            for (int64_t b = first; b < last; b++) z0 += w0[b] * yg[b];
+            z[r] += z0;
+        }
+    }
+}
+
+VECTORISED static double NAME(inner)(const REAL *x, const REAL *y, int64_t n) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < n; k++) sum += (double)x[k] * y[k];
+    return sum;
+}
+
+VECTORISED static void NAME(divide)(const REAL *x, REAL divisor, REAL *result, int64_t n) {
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) result[k] = x[k] / divisor;
+}
+
+VECTORISED static void NAME(add)(const REAL *x, REAL *sum, int64_t n) {
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) sum[k] += x[k];
+}
+
+/* (G - c x) / sigma of one row and group. */
+VECTORISED static void NAME(gradient_row)(const REAL *grad, REAL c, const REAL *x, REAL sigma, REAL *result,
+                                          int64_t n) {
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) result[k] = (grad[k] - c * x[k]) / sigma;
+}
+
+static void NAME(copy_column_vector)(const REAL *from, REAL *to, const int64_t *places, int64_t n) {
+    if (!places) memcpy(to, from, n * sizeof(REAL));
+    else for (int64_t k = 0; k < n; k++) to[k] = from[places[k]];
+}
+
+static void NAME(store_column_vector)(const REAL *from, double length, REAL *to, const int64_t *places,
+                                      int64_t n) {
+    if (!places) NAME(divide)(from, (REAL)length, to, n);
+    else for (int64_t k = 0; k < n; k++) to[places[k]] = from[k] / (REAL)length;
+}
+
+/* What a site works on: vectors of the rows and of the columns, and the partial sums of one of them. */
+typedef struct {
+    REAL *row_vector, *column_vector, *partial;
+    int64_t left;  /* iterations still to do */
+} NAME(work);
+
+static void NAME(run_block)(const site *s, const tensors *t, NAME(work) *work, int64_t block) {
+    const REAL *weight = t->weight;
+    const int64_t columns = columns_of(s);
+    if (s->iterations == 0 || s->by_rows) {
+        int64_t step = row_step(s), first = block * step, last = at_most(first + step, s->rows);
+        REAL *partial = s->iterations ? work->partial + block * columns : NULL;
+        NAME(pass_by_rows)(s, weight, first, last, work->column_vector, work->row_vector, partial);
+        return;
+    }
+    REAL *partial = work->partial + block * s->rows;
+    int64_t step = column_step(s), per_group = steps_in_width(s);
+    int64_t groups = step >= s->width ? step / s->width : 1;
+    int64_t first_group = block / per_group * groups, first = block % per_group * step;
+    NAME(pass_by_columns)(s, weight, first_group, at_most(first_group + groups, s->groups), first,
+                          at_most(first + step, s->width), work->row_vector, work->column_vector, partial);
+}
+
+/* After a pass: the sums of the parts, the lengths, and at the end the new vectors. Returns 0 for a site that
+   the caller has to do in another way. */
+static int NAME(finish_pass)(const site *s, const tensors *t, NAME(work) *work, double *sigma) {
+    const int64_t rows = s->rows, columns = columns_of(s), blocks = blocks_of(s);
+    if (s->iterations == 0) {
+        double row_length = sqrt(NAME(inner)(t->row_vector, t->row_vector, rows));
+        double column_length = sqrt(NAME(inner)(t->column_vector, t->column_vector, columns));
+        *sigma = NAME(inner)(t->row_vector, work->row_vector, rows);
+        int plain = row_length > SHORTEST && row_length < LONGEST && column_length > SHORTEST &&
+                    column_length < LONGEST && isfinite(*sigma);
+        if (!plain) return 0;
+        /* The bits of a vector that is a unit vector up to rounding are kept: reference.unit. */
+        double tolerance = 16 * (sizeof(REAL) == 4 ? 0x1p-23 : 0x1p-52);
+        if (fabs(row_length - 1) <= tolerance) row_length = 1;
+        if (fabs(column_length - 1) <= tolerance) column_length = 1;
+        *sigma /= row_length * column_length;
+        NAME(divide)(t->row_vector, (REAL)row_length, t->new_row_vector, rows);
+        NAME(divide)(t->column_vector, (REAL)column_length, t->new_column_vector, columns);
+        return 1;
+    }
+    REAL *first = s->by_rows ? work->row_vector : work->column_vector;
+    REAL *second = s->by_rows ? work->column_vector : work->row_vector;
+    int64_t first_size = s->by_rows ? rows : columns, second_size = s->by_rows ? columns : rows;
+    memcpy(second, work->partial, second_size * sizeof(REAL));
+    for (int64_t k = 1; k < blocks; k++) NAME(add)(work->partial + k * second_size, second, second_size);
+    double there = sqrt(NAME(inner)(first, first, first_size));
+    double back = sqrt(NAME(inner)(second, second, second_size));
+    int plain = there > SHORTEST && there < LONGEST && back > SHORTEST && back < LONGEST;  /* false for NaN */
+    if (!plain || !(there > s->eps) || !(back / there > s->eps)) return 0;
+    *sigma = back / there;
+    if (--work->left) {
+        NAME(divide)(second, (REAL)back, second, second_size);
+        return 1;
+    }
+    NAME(divide)(work->row_vector, (REAL)(s->by_rows ? there : back), t->new_row_vector, rows);
+    NAME(store_column_vector)(work->column_vector, s->by_rows ? back : there, t->new_column_vector, t->places,
+                              columns);
+    return 1;
+}
+
+static int NAME(normalize_batch)(const site *sites, const tensors *all, int64_t count, int64_t threads,
+                                 int64_t divides, double *sigmas, int8_t *done) {
+    int64_t *starts = malloc((count + 1) * sizeof(int64_t)), *chunks = malloc((count + 1) * sizeof(int64_t));
+    NAME(work) *work = malloc(count * sizeof(NAME(work)));
+    int64_t total = 0, rounds = 1, elements = 0;
+    for (int64_t k = 0; k < count; k++) {
+        const site *s = sites + k;
+        total += s->rows + columns_of(s) + blocks_of(s) * (s->by_rows ? columns_of(s) : s->rows);
+        rounds = at_least(rounds, s->iterations);
+        elements += size_of(s);
+    }
+    REAL *scratch = malloc(total * sizeof(REAL));
+    if (!starts || !chunks || !work || !scratch) {
+        free(starts), free(chunks), free(work), free(scratch);
+        return 0;
+    }
+    REAL *next = scratch;
+    for (int64_t k = 0; k < count; k++) {
+        const site *s = sites + k;
+        work[k].row_vector = next, next += s->rows;
+        work[k].column_vector = next, next += columns_of(s);
+        work[k].partial = next, next += blocks_of(s) * (s->by_rows ? columns_of(s) : s->rows);
+        work[k].left = at_least(s->iterations, 1);
+        if (s->by_rows || s->iterations == 0)
+            NAME(copy_column_vector)(all[k].column_vector, work[k].column_vector, all[k].places, columns_of(s));
+        else
+            memcpy(work[k].row_vector, all[k].row_vector, s->rows * sizeof(REAL));
+        done[k] = 1;
+    }
+    threads = at_most(threads, at_least(elements / BLOCK, 1));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        for (int64_t round = 0; round < rounds; round++) {
+#pragma omp single
+            {
+                starts[0] = 0;
+                for (int64_t k = 0; k < count; k++)
+                    starts[k + 1] = starts[k] + (work[k].left > 0 && done[k] ? blocks_of(sites + k) : 0);
+            }
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t b = 0; b < starts[count]; b++) {
+                int64_t k = find(starts, count, b);
+                NAME(run_block)(sites + k, all + k, work + k, b - starts[k]);
+            }
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t k = 0; k < count; k++) {
+                if (starts[k] == starts[k + 1]) continue;
+                done[k] = NAME(finish_pass)(sites + k, all + k, work + k, sigmas + k);
+                if (sites[k].iterations == 0) work[k].left = 0;
+            }
+        }
+        if (divides) {
+#pragma omp single
+            {
+                chunks[0] = 0;
+                for (int64_t k = 0; k < count; k++)
+                    chunks[k + 1] = chunks[k] + (done[k] ? parts(size_of(sites + k), BLOCK) : 0);
+            }
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t c = 0; c < chunks[count]; c++) {
+                int64_t k = find(chunks, count, c), first = (c - chunks[k]) * BLOCK;
+                int64_t size = at_most(BLOCK, size_of(sites + k) - first);
+                REAL divisor = fabs(sigmas[k]) > sites[k].eps ? (REAL)sigmas[k] : 1;
+                NAME(divide)((const REAL *)all[k].weight + first, divisor, (REAL *)all[k].result + first, size);
+            }
+        }
+    }
+    free(starts), free(chunks), free(work), free(scratch);
+    return 1;
+}
+
+static int NAME(backward_batch)(const site *sites, const tensors *all, int64_t count, int64_t threads,
+                                const double *sigmas) {
+    int64_t *chunks = malloc((count + 1) * sizeof(int64_t)), *starts = malloc((count + 1) * sizeof(int64_t));
+    int64_t vectors = 0;
+    chunks[0] = starts[0] = 0;
+    for (int64_t k = 0; k < count; k++) {
+        const site *s = sites + k;
+        chunks[k + 1] = chunks[k] + parts(size_of(s), BLOCK);
+        starts[k + 1] = starts[k] + parts(s->rows, at_least(BLOCK / columns_of(s), 1));
+        vectors += columns_of(s);
+    }
+    double *products = malloc(chunks[count] * sizeof(double));
+    REAL *scratch = malloc(vectors * sizeof(REAL)), **column_vectors = malloc(count * sizeof(REAL *));
+    if (!products || !scratch || !column_vectors) {
+        free(chunks), free(starts), free(products), free(scratch), free(column_vectors);
+        return 0;
+    }
+    REAL *next = scratch;
+    for (int64_t k = 0; k < count; k++) {
+        column_vectors[k] = next, next += columns_of(sites + k);
+        NAME(copy_column_vector)(all[k].column_vector, column_vectors[k], all[k].places, columns_of(sites + k));
+    }
+    threads = at_most(threads, at_least(chunks[count], 1));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t c = 0; c < chunks[count]; c++) {
+            int64_t k = find(chunks, count, c), first = (c - chunks[k]) * BLOCK;
+            int64_t size = at_most(BLOCK, size_of(sites + k) - first);
+            products[c] = NAME(inner)((const REAL *)all[k].new_row_vector + first,
+                                      (const REAL *)all[k].weight + first, size);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t b = 0; b < starts[count]; b++) {
+            int64_t k = find(starts, count, b);
+            const site *s = sites + k;
+            const REAL *grad = all[k].new_row_vector, *row_vector = all[k].row_vector;
+            REAL *result = all[k].result;
+            double product = 0, sigma = sigmas[k];
+            for (int64_t c = chunks[k]; c < chunks[k + 1]; c++) product += products[c];
+            if (!(fabs(sigma) > s->eps)) product = 0, sigma = 1;  /* went through undivided */
+            int64_t step = at_least(BLOCK / columns_of(s), 1), first = (b - starts[k]) * step;
+            for (int64_t r = first; r < at_most(first + step, s->rows); r++)
+                for (int64_t g = 0; g < s->groups; g++) {
+                    int64_t at = r * s->row_stride + g * s->group_stride;
+                    NAME(gradient_row)(grad + at, (REAL)product * row_vector[r],
+                                       column_vectors[k] + g * s->width, (REAL)sigma, result + at, s->width);
+                }
+        }
+    }
+    free(chunks), free(starts), free(products), free(scratch), free(column_vectors);
+    return 1;
+}
+
+/* Sites for which 0 is put into `done` are the caller's. Returns 0 if there is no memory. */
+int NAME(normalize)(const site *sites, const tensors *all, int64_t count, int64_t threads, int64_t divides,
+                    double *sigmas, int8_t *done) {
+    for (int64_t first = 0, last; first < count; first = last) {
+        last = batch_end(sites, count, first, sizeof(REAL));
+        if (!NAME(normalize_batch)(sites + first, all + first, last - first, threads, divides, sigmas + first,
+                                   done + first))
+            return 0;
+    }
+    return 1;
+}
+
+/* (G - <G, W / sigma> u v^T) / sigma; `tensors` hold W / sigma as the weight, u and v as row and column vector,
+   the result, and G in the place of new_row_vector. Returns 0 if there is no memory. */
+int NAME(normalize_backward)(const site *sites, const tensors *all, int64_t count, int64_t threads,
+                             const double *sigmas) {
+    for (int64_t first = 0, last; first < count; first = last) {
+        last = batch_end(sites, count, first, sizeof(REAL));
+        if (!NAME(backward_batch)(sites + first, all + first, last - first, threads, sigmas + first)) return 0;
+    }
+    return 1;
+}
+
+#endif

@@ -1,0 +1,297 @@
+"""Spectral norm of many weights on the CPU, in one call of the library that ``cpu_kernels.c`` compiles to.
+
+The library is built when the package is installed and there is a C compiler. Without it `available` is
+false, and `specnorm_fx.ops` goes by the reference.
+
+Equal to `specnorm_fx.reference` up to rounding. What is not plain (a product no longer than ``eps``, NaN, a
+sigma whose powers leave the range of fp32) is left to the reference, weight by weight.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specnorm_fx import reference
+
+__all__ = ["DTYPES", "available", "normalize", "normalize_backward", "power_iteration"]
+
+# Of the weights; half precision is for the reference, it is seldom trained on a CPU.
+DTYPES = (torch.float32, torch.float64)
+
+
+class _Site(ctypes.Structure):
+    """``site`` of the C file."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "groups", "width", "row_stride", "group_stride")),
+        ("by_rows", ctypes.c_int64),
+        ("iterations", ctypes.c_int64),
+        ("eps", ctypes.c_double),
+    ]
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the library was built with the package."""
+    return importlib.util.find_spec("specnorm_fx._cpu_kernels") is not None
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype) -> Any:
+    spec = importlib.util.find_spec("specnorm_fx._cpu_kernels")
+    assert spec is not None
+    # It runs without the GIL, and on the OpenMP threads that PyTorch has started already.
+    return getattr(ctypes.CDLL(spec.origin), f"{name}_{'float' if dtype == torch.float32 else 'double'}")
+
+
+def normalize(
+    weights: list[Tensor],
+    us: list[Tensor],
+    vs: list[Tensor],
+    n_power_iterations: list[int],
+    eps: list[float],
+    dims: list[int],
+    orders: list[str],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Power iterations, sigma and ``W / sigma`` of L weights.
+
+    Args:
+        weights: L tensors of at least two dimensions, all fp32 or all fp64, any strides.
+        us: u of each, ``[m]``; not changed.
+        vs: v of each, ``[n]``; not changed.
+        n_power_iterations: Of each, from 0.
+        eps: Of each, as in `reference.power_iteration`.
+        dims: The output dimension of each, from 0.
+        orders: ``"uv"`` or ``"vu"`` of each.
+
+    Returns:
+        The new u and v, ``[sum of all m and n]``: all u, then all v. sigmas ``[L]``, fp64: ``u^T W v``. And
+        ``W / sigma`` of each, or W where sigma is not above eps, with the strides of a dense weight.
+
+    Raises:
+        ValueError: u or v have another number of elements than the weight needs.
+        MemoryError: There is none for the singular vectors.
+    """
+    return _run(weights, us, vs, n_power_iterations, eps, dims, orders, divides=True)
+
+
+def power_iteration(
+    weights: list[Tensor],
+    us: list[Tensor],
+    vs: list[Tensor],
+    n_power_iterations: list[int],
+    eps: list[float],
+    dims: list[int],
+    orders: list[str],
+) -> tuple[Tensor, Tensor]:
+    """`normalize` without the division.
+
+    Args:
+        weights: As in `normalize`, like all others.
+        us: ``[m]`` each.
+        vs: ``[n]`` each.
+        n_power_iterations: Of each.
+        eps: Of each.
+        dims: Of each.
+        orders: Of each.
+
+    Returns:
+        The new u and v in one, and sigmas ``[L]``.
+    """
+    return _run(weights, us, vs, n_power_iterations, eps, dims, orders, divides=False)[:2]
+
+
+def normalize_backward(
+    grads: list[Tensor | None],
+    normalized: list[Tensor],
+    vectors: Tensor,
+    sigmas: Tensor,
+    eps: list[float],
+    dims: list[int],
+) -> list[Tensor | None]:
+    """``(G - <G, W / sigma> u v^T) / sigma``, or G where the weight was left as it is.
+
+    Args:
+        grads: G of each ``W / sigma``, any strides; or None.
+        normalized: ``W / sigma`` of each.
+        vectors: From `normalize`.
+        sigmas: From `normalize`.
+        eps: As there.
+        dims: As there.
+
+    Returns:
+        The gradient of each weight, None where G is None.
+    """
+    plan, weights = _planned(normalized, dims, ["uv"] * len(normalized), [0] * len(normalized), eps)
+    results = [None if grad is None else torch.empty_like(w) for grad, w in zip(grads, weights, strict=True)]
+    wanted = [k for k, grad in enumerate(grads) if grad is not None]
+    sites = (
+        plan.sites if len(wanted) == len(weights) else (_Site * len(wanted))(*[plan.sites[k] for k in wanted])
+    )
+    of_wanted = sigmas if len(wanted) == len(weights) else sigmas[wanted]
+    us, vs = plan.addresses(vectors)
+    aligned: list[Tensor] = []
+    pointers: list[int] = []
+    for k in wanted:
+        grad: Any = grads[k]
+        if grad.stride() != weights[k].stride():
+            grad = torch.empty_like(weights[k]).copy_(grad)
+        aligned.append(grad)  # alive until the call is over
+        row, column = (vs[k], us[k]) if plan.transposed[k] else (us[k], vs[k])
+        result: Any = results[k]
+        pointers += (
+            weights[k].data_ptr(),
+            row,
+            column,
+            grad.data_ptr(),
+            0,
+            result.data_ptr(),
+            plan.places[k],
+        )
+    _call("normalize_backward", vectors.dtype, sites, pointers, of_wanted.data_ptr())
+    return results
+
+
+def _run(
+    weights: list[Tensor],
+    us: list[Tensor],
+    vs: list[Tensor],
+    n_power_iterations: list[int],
+    eps: list[float],
+    dims: list[int],
+    orders: list[str],
+    divides: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    plan, weights = _planned(weights, dims, orders, n_power_iterations, eps)
+    dtype = weights[0].dtype
+    stored = [x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous() for x in (*us, *vs)]
+    if [x.numel() for x in stored] != plan.sizes:
+        raise ValueError(f"u and v have {[x.numel() for x in stored]} elements and need {plan.sizes}.")
+    vectors = stored[0].new_empty(plan.size)
+    sigmas = torch.empty(len(weights), dtype=torch.float64)
+    results = [torch.empty_like(weight) for weight in weights] if divides else []
+    done = (ctypes.c_int8 * len(weights))()
+
+    old = [x.data_ptr() for x in stored]
+    columns = (
+        [weight.data_ptr() for weight in weights],
+        old[: len(us)],
+        old[len(us) :],
+        *plan.addresses(vectors),
+        [result.data_ptr() for result in results] if divides else [0] * len(weights),
+        plan.places,
+        plan.transposed,
+    )
+    pointers: list[int] = []
+    for weight, u, v, new_u, new_v, result, places, transposed in zip(*columns, strict=True):
+        pointers += (weight, v, u, new_v, new_u) if transposed else (weight, u, v, new_u, new_v)
+        pointers += (result, places)
+    _call("normalize", dtype, plan.sites, pointers, int(divides), sigmas.data_ptr(), done)
+
+    if 0 in done:
+        new = vectors.split(plan.sizes)
+        for k in (k for k, is_done in enumerate(done) if not is_done):
+            site = (n_power_iterations[k], eps[k], dims[k])
+            pair = reference.singular_vectors(weights[k], us[k], vs[k], *site, orders[k])
+            new[k].copy_(pair[0])
+            new[k + len(us)].copy_(pair[1])
+            sigmas[k] = reference.sigma(reference.weight_matrix(weights[k], dims[k]), *pair)
+            if divides:
+                results[k].copy_(reference.normalized(weights[k], *pair, eps[k], dims[k]))
+    return vectors, sigmas, results
+
+
+def _call(name: str, dtype: torch.dtype, sites: Any, pointers: list[int], *others: Any) -> None:
+    packed = (ctypes.c_int64 * len(pointers))(*pointers)
+    count, threads = ctypes.c_int64(len(sites)), ctypes.c_int64(torch.get_num_threads())
+    rest = [ctypes.c_int64(x) if isinstance(x, int) else x for x in others]
+    if not _function(name, dtype)(sites, packed, count, threads, *rest):
+        raise MemoryError(f"{name} of {len(sites)} weights found no memory for their singular vectors.")
+
+
+class _Plan:
+    """What follows from the shapes alone.
+
+    Attributes:
+        sites: The weights, as the C code takes them.
+        transposed: Whether the rows of the matrix in memory are v's.
+        places: The address of `_places` of each, or 0.
+        sizes: Elements of every u, then of every v.
+        size: Of all together.
+        is_dense: Whether no weight has gaps between its elements.
+    """
+
+    def __init__(self, weights: Sequence[tuple[Any, ...]]) -> None:
+        layouts = [_layout(*weight) for weight in weights]
+        self.sites = (_Site * len(layouts))(*[site for site, _, _ in layouts])
+        self.transposed = [transposed for _, transposed, _ in layouts]
+        self.places = [places for _, _, places in layouts]
+        ms = [shape[dim] for shape, _, dim, *_ in weights]
+        ns = [math.prod(shape) // m for (shape, *_), m in zip(weights, ms, strict=True)]
+        self.sizes = ms + ns
+        self.size = sum(self.sizes)
+        self.is_dense = all(
+            sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 == math.prod(shape)
+            for shape, stride, *_ in weights
+        )
+        self._starts = [0, *itertools.accumulate(self.sizes)][:-1]
+
+    def addresses(self, vectors: Tensor) -> tuple[list[int], list[int]]:
+        """Where each u and each v stands in ``vectors``."""
+        address, size = vectors.data_ptr(), vectors.element_size()
+        found = [address + start * size for start in self._starts]
+        return found[: len(found) // 2], found[len(found) // 2 :]
+
+
+def _planned(
+    weights: list[Tensor], dims: list[int], orders: list[str], n: list[int], eps: list[float]
+) -> tuple[_Plan, list[Tensor]]:
+    """The plan, and the weights, copied if they have gaps."""
+    columns = ([w.shape for w in weights], [w.stride() for w in weights], dims, orders, n, eps)
+    plan = _plan(*[tuple(column) for column in columns])
+    if plan.is_dense:
+        return plan, weights
+    return _planned([weight.contiguous() for weight in weights], dims, orders, n, eps)
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(*columns: tuple[Any, ...]) -> _Plan:
+    return _Plan(list(zip(*columns, strict=True)))
+
+
+def _layout(
+    shape: Sequence[int], stride: Sequence[int], dim: int, order: str, iterations: int, eps: float
+) -> tuple[_Site, bool, int]:
+    """A weight as the matrix that it is in memory: its form, whether that is transposed, and `_places`.
+
+    In memory it is ``[a, m, b]``: what comes before, at and after ``dim``. ``a`` is 1 for a contiguous
+    Linear or Conv weight, and for one in channels_last; for a ConvTranspose ``a`` counts the input channels
+    and ``b`` the positions of the kernel. Columns are taken as they lie in memory, and v with them, so that
+    nothing of the size of the weight is permuted.
+    """
+    in_memory = sorted(range(len(shape)), key=lambda d: (-stride[d], shape[d] == 1, d))
+    position = in_memory.index(dim)
+    a = math.prod(shape[d] for d in in_memory[:position])
+    b = math.prod(shape[d] for d in in_memory[position + 1 :])
+    m = shape[dim]
+    columns = [d for d in in_memory if d != dim and shape[d] > 1]
+    places = _places(tuple(shape), tuple(columns)) if columns != sorted(columns) else None
+    if b == 1 and a > 1 and places is None:  # [n, m]: the rows are v's
+        return _Site(a, 1, m, m, 0, order == "vu", iterations, eps), True, 0
+    site = _Site(m, a, b, b, m * b, order == "uv", iterations, eps)
+    return site, False, 0 if places is None else places.data_ptr()
+
+
+@functools.cache  # for good: the C code is given their addresses
+def _places(shape: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:
+    """Where in v each column stands, in the order of memory."""
+    logical = sorted(columns)
+    places = torch.arange(math.prod(shape[d] for d in logical)).view([shape[d] for d in logical])
+    return places.permute([logical.index(d) for d in columns]).flatten().contiguous()

@@ -1,0 +1,96 @@
+"""The benchmark runs from end to end, here on its smallest model; what it measures is not looked at."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(program, *arguments, **environment):
+    # In a process of its own, as users run it. One thread: see conftest.py.
+    command = [sys.executable, BENCHMARKS / program, *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    arguments = ["--models", "mlp", "--only", "step", "sn", "--modes", "eager", "--quick", "--out", out]
+    printed = run("run.py", *arguments)
+    (path,) = out.glob("cpu-*.json")
+    return printed, path
+
+
+def medians(tree):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from medians(value)
+        elif key in ("median", "p20", "p80", "of_medians"):
+            yield value
+
+
+def test_measures_every_variant(measured):
+    _, path = measured
+    results = json.loads(path.read_text())
+    model = results["models"]["mlp"]
+    assert (model["parameters"], model["normalized_layers"]) == (335_617, 7)
+    step, sn = model["step"]["eager"], model["sn"]["eager"]
+    assert list(step) == ["none", "torch", "legacy", "ours"]
+    for variant in ("torch", "legacy", "ours"):
+        assert step[variant]["over_none"].keys() == {"median", "p20", "p80", "of_medians"}
+        for entry in sn[variant].values():
+            assert {"samples", "over_copy"} <= entry.keys()  # no "fails"
+    # step: 4 times, 3 ratios to none, 3 to torch. sn: 6 times, 4 ratios to torch, 6 to the copy; the copy.
+    values = list(medians(model))
+    assert len(values) == 3 * (4 + 6 + 1) + 4 * (3 + 3 + 4 + 6)
+    assert min(values) > 0
+
+
+def test_tells_nothing_of_the_machine_but_its_kind(measured):
+    _, path = measured
+    results = json.loads(path.read_text())
+    assert results["environment"].keys() == {"device", "date", "torch", "python", "cpu", "threads"}
+    assert str(path.parent) not in path.read_text()
+    assert os.uname().nodename not in path.read_text()
+
+
+def test_prints_the_tables_it_leaves(measured):
+    printed, path = measured
+    text = path.with_suffix(".md").read_text()
+    assert printed.strip() == text.strip()
+    assert "| mlp | eager | forward + backward | " in text
+    assert "fails" not in text
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reports_of_another_machine_and_of_failures(measured, tmp_path):
+    results = json.loads(measured[1].read_text())
+    results["environment"] |= {"device": "cuda", "gpu": "a GPU"}
+    model = results["models"]["mlp"]
+    for entry in model["step"]["eager"].values():
+        entry["launches"] = {"kernels": 41, "copies": 2, "launches": 43}
+    model["step"]["eager"]["legacy"] = {"fails": "RuntimeError: modified"}
+    path = tmp_path / "cuda.json"
+    path.write_text(json.dumps(results))
+    # A machine without matplotlib.
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    root = str(BENCHMARKS.parent)
+    printed = run("report.py", path, PYTHONPATH=os.pathsep.join([str(tmp_path), root]))
+    assert "| mlp | eager | step | 41 + 2 [43] | 41 + 2 [43] | fails | 41 + 2 [43] |" in printed
+    assert "- mlp / step / eager / legacy: RuntimeError: modified" in printed
+    assert "No matplotlib here" in printed
+    assert not path.with_suffix(".png").exists()
+
+
+def test_memory_is_that_of_the_fresh_process():
+    (line,) = run("fresh.py", "memory", "mlp", "none", "eager", "cpu").splitlines()
+    # Python with torch, in bytes.
+    assert 2**26 < json.loads(line)["bytes"] < 2**32

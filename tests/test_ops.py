@@ -1,0 +1,161 @@
+"""The operators: registered as PyTorch wants them, differentiable, transformable; what runs where."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from specnorm_fx import ops, reference, transform
+from tests.models import CalledTwice, Discriminator, relative_error
+
+
+def operator(name):
+    return getattr(getattr(torch.ops.specnorm_fx, name), ops.REVISION)
+
+
+def arguments(dtype=torch.float64, n=(1, 3, 0)):
+    """Three weights of one compute dtype."""
+    weights = [
+        torch.randn(4, 6, dtype=dtype),
+        torch.randn(3, 5, 2, dtype=dtype),
+        torch.randn(4, 4, dtype=dtype),
+    ]
+    dims = [0, 1, 0]
+    vectors = [reference.initial_vectors(w, d, 1e-12) for w, d in zip(weights, dims, strict=True)]
+    us, vs = ([pair[i] for pair in vectors] for i in (0, 1))
+    return weights, us, vs, list(n), [1e-12] * 3, dims, ["uv", "vu", "uv"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["normalize_forward", "power_iteration", "singular_vectors"])
+def test_opcheck(name, dtype):
+    torch.library.opcheck(operator(name), arguments(dtype))
+
+
+def test_opcheck_of_the_gradient():
+    weights, us, vs, n, eps, dims, orders = arguments()
+    vectors, sigmas, normalized = ops.normalize(weights, us, vs, n, eps, dims, orders)
+    grads = [torch.randn_like(normalized[0]), None, torch.randn_like(normalized[2])]
+    torch.library.opcheck(operator("normalize_backward"), (grads, normalized, vectors, sigmas, eps, dims))
+
+
+def test_gradients_of_first_and_second_order():
+    weights, *others = arguments(n=(0, 0, 0))
+
+    def normalized(*weights):
+        return tuple(ops.normalize(list(weights), *others)[2])
+
+    leaves = [w.requires_grad_() for w in weights]
+    assert torch.autograd.gradcheck(normalized, leaves, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(normalized, leaves)
+
+
+def test_the_gradient_by_kernel_is_the_one_by_operations():
+    """`create_graph` takes another way to the same numbers."""
+    weights, *others = arguments()
+    leaves = [w.requires_grad_() for w in weights]
+    grads = [torch.randn_like(w) for w in weights]
+    by_kernel = torch.autograd.grad(ops.normalize(leaves, *others)[2], leaves, grads)
+    by_operations = torch.autograd.grad(ops.normalize(leaves, *others)[2], leaves, grads, create_graph=True)
+    for a, b in zip(by_kernel, by_operations, strict=True):
+        assert not a.requires_grad
+        assert b.requires_grad
+        assert relative_error(a, b) < 1e-13
+
+
+def test_torch_func():
+    weights, *others = arguments(n=(1, 1, 1))
+
+    def loss(weight):
+        return ops.normalize([weight, *weights[1:]], *others)[2][0].pow(3).sum()
+
+    leaf = weights[0].clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(leaf), leaf)
+    assert relative_error(torch.func.grad(loss)(weights[0]), want) < 1e-13
+    hessian = torch.func.jacrev(torch.func.jacrev(loss))(weights[0])
+    want = torch.autograd.functional.hessian(loss, weights[0])
+    assert relative_error(hessian, want) < 1e-12
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_an_ensemble_under_vmap(implementation):
+    models = [transform(CalledTwice().double(), implementation=implementation).eval() for _ in range(3)]
+    x = torch.randn(4, 6, dtype=torch.float64)
+    # Not stack_module_state: to PyTorch every GraphModule is of a class of its own.
+    parameters, buffers = (
+        {name: torch.stack([dict(part(m))[name] for m in models]).detach() for name, _ in part(models[0])}
+        for part in (nn.Module.named_parameters, nn.Module.named_buffers)
+    )
+
+    def call(parameters, buffers):
+        return torch.func.functional_call(models[0], (parameters, buffers), (x,))
+
+    got = torch.vmap(call)(parameters, buffers)
+    assert relative_error(got, torch.stack([model(x) for model in models])) < 1e-14
+
+
+def test_weights_are_grouped_by_device_and_compute_dtype():
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float64]
+    assert ops.groups([torch.empty(2, 2, dtype=dtype) for dtype in dtypes]) == [[0, 2], [1, 3]]
+    assert ops.groups([torch.empty(2, 2), torch.empty(2, 2, device="meta")]) == [[0], [1]]
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_a_model_of_several_dtypes(implementation):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6, dtype=torch.float64)
+            self.c = nn.Linear(6, 6, dtype=torch.complex64)
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x).double()).to(torch.complex64)).abs()
+
+    gm = transform(Mixed(), implementation=implementation)
+    twin = copy.deepcopy(gm)
+    gm(torch.randn(2, 6)).sum().backward()
+    for site, start in zip(gm.sites(), twin.sites(), strict=True):
+        u, v = reference.power_iteration(start.matrix(), *start.vectors(), 1, 1e-12)
+        assert relative_error(site.u.abs(), u.abs()) < 1e-5
+        assert relative_error(site.v.abs(), v.abs()) < 1e-5
+        assert site.weight.grad.isfinite().all()
+
+
+def test_only_part_of_the_weights_trains():
+    gm = transform(Discriminator())
+    frozen = gm.get_parameter("blocks.0.conv1.weight").requires_grad_(False)
+    gm(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert frozen.grad is None
+    assert gm.fc.weight.grad is not None
+
+
+def test_a_device_without_kernels_goes_by_the_reference(monkeypatch):
+    given = arguments()
+    want = ops.normalize(*given)
+    monkeypatch.setattr(ops, "_kernels", lambda weights: None)
+    got = ops.normalize(*given)
+    us, _ = reference.singular_vectors(*(column[1] for column in given))
+    assert torch.equal(got[0].split([4, 5, 4, 6, 6, 4])[1], us)
+    for a, b in zip((got[0], got[1], *got[2]), (want[0], want[1], *want[2]), strict=True):
+        assert a.dtype == b.dtype
+        assert relative_error(a, b) < 1e-13
+    vectors, sigmas = ops.power_iteration(*given)
+    assert torch.equal(vectors, got[0])
+    assert torch.equal(sigmas, got[1])
+    leaves = [w.requires_grad_() for w in given[0]]
+    grads = torch.autograd.grad(sum(w.sum() for w in ops.normalize(leaves, *given[1:])[2]), leaves)
+    monkeypatch.undo()
+    again = torch.autograd.grad(sum(w.sum() for w in ops.normalize(leaves, *given[1:])[2]), leaves)
+    for a, b in zip(grads, again, strict=True):
+        assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing_inside(dtype):
+    given = arguments(torch.float32)
+    want = ops.normalize(*given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = ops.normalize(*given)
+    assert torch.equal(got[0], want[0])
+    assert all(map(torch.equal, got[2], want[2]))

@@ -1,0 +1,545 @@
+"""The CUDA kernels against `reference`: on a GPU where there is one, else in Triton's interpreter."""
+
+import copy
+import importlib.util
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
+
+from specnorm_fx import ops, reference, transform
+from tests.models import Discriminator
+
+triton = pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+EPS = 1e-12
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """`specnorm_fx.triton_kernels`, on a CPU a copy of it that is interpreted.
+
+    What `triton.jit` makes of a function is decided where it decorates: Triton's own functions (sum,
+    zeros, ...) are compiled ones if triton was imported without TRITON_INTERPRET, by any other test. So
+    these are exchanged as well, and put back at the end.
+    """
+    source = importlib.util.find_spec("specnorm_fx.triton_kernels")
+    if DEVICE == "cuda":
+        yield importlib.import_module(source.name)
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, "interpret", True)
+        for module in (tl, tl.core, tl.standard):
+            for name, function in list(vars(module).items()):
+                if isinstance(function, JITFunction):
+                    patch.setattr(module, name, InterpretedFunction(function.fn))
+        spec = importlib.util.spec_from_file_location("interpreted_kernels", source.origin)
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def transposed(w):
+    return w.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def channels_last(w):
+    return w.contiguous(memory_format=torch.channels_last)
+
+
+def three_strides(w):
+    """Columns in an order that no two strides describe."""
+    return w.permute(1, 0, 3, 2).contiguous().permute(1, 0, 3, 2)
+
+
+def with_gaps(w):
+    return torch.stack([w, w], -1)[..., 0]
+
+
+def as_is(w):
+    return w
+
+
+# shape, dim, layout
+SHAPES = {
+    "row": ((1, 50), 0, as_is),
+    "column": ((40, 1), 0, as_is),
+    "number": ((1, 1), 0, as_is),
+    "small": ((3, 27), 0, as_is),
+    "first conv": ((64, 3, 3, 3), 0, as_is),
+    "aligned short": ((70, 64), 0, as_is),
+    "aligned long": ((17, 1400), 0, as_is),
+    "odd": ((13, 259), 0, as_is),
+    "conv transpose": ((6, 5, 4, 4), 1, as_is),
+    "conv transpose odd": ((7, 9, 3, 3), 1, as_is),
+    "conv transpose 1x1": ((6, 10, 1, 1), 1, as_is),
+    "channels last": ((10, 8, 3, 3), 0, channels_last),
+    "channels last transpose": ((10, 6, 3, 3), 1, channels_last),
+    "transposed": ((33, 140), 0, transposed),
+    "three strides": ((4, 3, 2, 5), 0, three_strides),
+    "dim 2": ((3, 4, 5), 2, as_is),
+    "gaps": ((4, 9), 0, with_gaps),
+}
+GENERAL = [name for name in SHAPES if name != "number"]  # 1 x 1: exactly 1, its gradient exactly 0
+
+
+def make(name, dtype=torch.float32, scale=1.0):
+    shape, dim, layout = SHAPES[name] if isinstance(name, str) else name
+    w = layout((torch.randn(shape, dtype=torch.float64) * scale).to(dtype)).to(DEVICE)
+    kind = reference.compute_dtype(w)
+    m = shape[dim]
+    u, v = (
+        torch.nn.functional.normalize(torch.randn(k), dim=0).to(DEVICE, kind) for k in (m, w.numel() // m)
+    )
+    return SimpleNamespace(w=w, u=u, v=v, dim=dim)
+
+
+def run(kernels, cases, iterations=1, order="uv", eps=EPS, divide=True):
+    """What the kernels say of each case: u, v, sigma, live, and W / sigma."""
+    many = len(cases)
+    orders = [order] * many if isinstance(order, str) else order
+    counts = [iterations] * many if isinstance(iterations, int) else iterations
+    call = kernels.normalize if divide else kernels.power_iteration
+    vectors, sigmas, *rest = call(
+        [c.w for c in cases], [c.u for c in cases], [c.v for c in cases],
+        counts, [eps] * many, [c.dim for c in cases], orders,
+    )  # fmt: skip
+    assert vectors.shape == (sum(c.u.numel() + c.v.numel() for c in cases),)
+    assert sigmas.shape == (many,)
+    assert sigmas.dtype == torch.float64
+    assert vectors.dtype == reference.compute_dtype(cases[0].w)
+    parts = vectors.split([c.u.numel() for c in cases] + [c.v.numel() for c in cases])
+    results = []
+    for i in range(many):
+        out = rest[0][i] if rest else None
+        results.append(SimpleNamespace(u=parts[i], v=parts[many + i], sigma=sigmas[i], out=out))
+    return results, vectors, sigmas
+
+
+def expected(case, iterations=1, order="uv", eps=EPS, dtype=None):
+    w, u, v = (x if dtype is None else x.to(dtype) for x in (case.w, case.u, case.v))
+    u, v = reference.singular_vectors(w, u, v, iterations, eps, case.dim, order)
+    return SimpleNamespace(u=u, v=v, out=reference.normalized(w, u, v, eps, case.dim))
+
+
+def error(x, truth):
+    return ((x.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def check(result, case, iterations=1, order="uv"):
+    """No further from the float64 truth than twice the reference, and a few roundings."""
+    truth = expected(case, iterations, order, dtype=torch.float64)
+    theirs = expected(case, iterations, order)
+    # In float64 the reference is the truth itself, so its own error counts as one of the few.
+    few = (16 if case.w.dtype == torch.float64 else 4) * torch.finfo(result.u.dtype).eps
+    if not iterations:  # u^T W v of any u and v: terms as large as W may leave a small sum
+        w = reference.weight_matrix(case.w.double(), case.dim)
+        few *= max(1.0, (torch.linalg.matrix_norm(w, 2) / result.sigma.abs()).item())
+    for name in ("u", "v", "out"):
+        ours, right = getattr(result, name), getattr(truth, name)
+        # A half result is rounded once more (and truncated in the interpreter, for bfloat16).
+        rounding = torch.finfo(ours.dtype).eps if ours.dtype != result.u.dtype else 0.0
+        assert error(ours, right) <= 2 * error(getattr(theirs, name), right) + few + rounding, name
+    assert result.out.shape == case.w.shape
+    assert result.out.stride() == torch.empty_like(case.w).stride()
+    assert result.out.dtype == case.w.dtype
+
+
+@pytest.mark.parametrize("order", ["uv", "vu"])
+@pytest.mark.parametrize("iterations", [0, 1, 3])
+def test_every_shape(kernels, iterations, order):
+    cases = [make(name) for name in list(SHAPES)[:: 2 if iterations > 1 else 1]]  # interpreted, so slow
+    results, _, sigmas = run(kernels, cases, iterations, order)
+    for case, result in zip(cases, results, strict=True):
+        check(result, case, iterations, order)
+    assert (sigmas != 0).all()
+    _, vectors, again = run(kernels, cases, iterations, order, divide=False)
+    assert torch.equal(again, sigmas)
+    assert torch.equal(vectors, torch.cat([r.u for r in results] + [r.v for r in results]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_every_dtype(kernels, dtype, iterations):
+    cases = [make(name, dtype) for name in ("small", "aligned short", "aligned long", "conv transpose")]
+    cases += [make(name, dtype) for name in ("channels last", "transposed")]
+    for case, result in zip(cases, run(kernels, cases, iterations)[0], strict=True):
+        check(result, case, iterations)
+
+
+def test_long_rows(kernels):
+    case = make(((5, 14000), 0, as_is))
+    check(run(kernels, [case])[0][0], case)
+
+
+def test_many_rows_make_blocks_of_several_tiles(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_BLOCKS", 2)
+    kernels._forward_plan.cache_clear()
+    kernels._backward_plan.cache_clear()
+    cases = [make(((200, 12), 0, as_is)), make(((50, 600), 0, as_is)), make(((11, 200), 0, transposed))]
+    for order in ("uv", "vu"):
+        results, vectors, sigmas = run(kernels, cases, 2, order)
+        for case, result in zip(cases, results, strict=True):
+            check(result, case, 2, order)
+    check_gradients(kernels, cases, vectors, sigmas)
+    kernels._forward_plan.cache_clear()
+    kernels._backward_plan.cache_clear()
+
+
+def test_a_weight_anywhere_in_memory(kernels):
+    """A pointer that 16 does not divide takes the other way of reading, with the same result."""
+    case = make("aligned long")
+    shifted = make("aligned long")
+    shifted.w = torch.cat([case.w.new_zeros(1), case.w.flatten()])[1:].view_as(case.w)
+    shifted.u, shifted.v = case.u, case.v
+    (first, second), vectors, sigmas = run(kernels, [case, shifted])
+    check(first, case)
+    check(second, shifted)
+    check_gradients(kernels, [case, shifted], vectors, sigmas)
+
+
+def test_alone_or_among_others(kernels):
+    cases = [make(name) for name in SHAPES if name != "aligned long"]
+    counts = [i % 3 for i in range(len(cases))]
+    orders = ["uv" if i % 4 else "vu" for i in range(len(cases))]
+    together, _, sigmas = run(kernels, cases, counts, orders)
+    for i, case in enumerate(cases):
+        check(together[i], case, counts[i], orders[i])
+        (alone,), _, sigma = run(kernels, [case], counts[i], orders[i])
+        assert torch.equal(sigma[0], sigmas[i])
+        for name in ("u", "v", "out"):
+            assert torch.equal(getattr(alone, name), getattr(together[i], name)), name
+
+
+def test_more_weights_than_one_launch_takes(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_WEIGHTS", 4)
+    kernels._forward_plan.cache_clear()
+    kernels._backward_plan.cache_clear()
+    cases = [make(name) for name in ("small", "column", "odd", "dim 2", "row", "conv transpose")]
+    results, vectors, sigmas = run(kernels, cases)
+    for case, result in zip(cases, results, strict=True):
+        check(result, case)
+    check_gradients(kernels, cases, vectors, sigmas)
+    kernels._forward_plan.cache_clear()
+    kernels._backward_plan.cache_clear()
+
+
+NAMES = ("_pass_kernel", "_reduce_kernel", "_finish_kernel", "_dot_kernel", "_gradient_kernel")
+
+
+@pytest.fixture
+def launches(kernels, monkeypatch):
+    counted = []
+    for name in NAMES:
+        kernel = getattr(kernels, name)
+
+        def run(*args, _name=name, _run=kernel.run, **kwargs):
+            counted.append(_name)
+            return _run(*args, **kwargs)
+
+        monkeypatch.setattr(kernel, "run", run, raising=False)
+    return counted
+
+
+@pytest.mark.parametrize("many", [1, 7])
+@pytest.mark.parametrize(
+    ("iterations", "order", "most"),
+    [(0, "uv", 3), (1, "uv", 3), (1, "vu", 3), (3, "uv", 7), (1, "mixed", 3), ("mixed", "uv", 5)],
+)
+def test_launches_do_not_grow_with_the_weights(kernels, launches, many, iterations, order, most):
+    cases = [make("small") for _ in range(many)]
+    counts = [2, 0, 1, 2, 0, 1, 1][:many] if iterations == "mixed" else iterations
+    orders = (["uv", "vu"] * many)[:many] if order == "mixed" else order
+    _, vectors, sigmas = run(kernels, cases, counts, orders)
+    assert len(launches) == most
+    launches.clear()
+    gradients(kernels, cases, [torch.ones_like(c.w) for c in cases], vectors, sigmas)
+    assert len(launches) == 2
+
+
+def test_tables_are_built_once(kernels, monkeypatch):
+    cases = [make("small"), make("odd")]
+    first = run(kernels, cases)[1:]
+    monkeypatch.setattr(torch, "tensor", None)  # a copy to the device
+    second = run(kernels, cases)[1:]
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fresh memory holds NaN."""
+
+    def poisoned(make):
+        def fresh(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        return fresh
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.mark.parametrize("counts", [[0] * 5, [1] * 5, [0, 1, 2, 3, 2]], ids=str)
+def test_reads_no_memory_that_it_has_not_written(kernels, poison, counts):
+    names = ("small", "aligned long", "column", "transposed", "channels last")
+    cases = [make(name) for name in names]
+    cases[2].w = torch.zeros_like(cases[2].w)
+    results, vectors, sigmas = run(kernels, cases, counts)
+    assert vectors.isfinite().all()
+    assert sigmas.isfinite().all()
+    assert all(r.out.isfinite().all() for r in results)
+    dws = gradients(kernels, cases, [torch.ones_like(c.w) for c in cases], vectors, sigmas)
+    assert all(dw.isfinite().all() for dw in dws)
+
+
+# ---------------------------------------------------------------- guards
+
+
+@pytest.mark.parametrize("order", ["uv", "vu"])
+@pytest.mark.parametrize("scale", [0.0, 1e-15, 1e-9, 1e12, 1e15])
+def test_scales(kernels, scale, order):
+    cases = [make(name, scale=scale) for name in ("odd", "transposed", "small")]
+    for iterations in (0, 2) if order == "uv" else (1,):
+        results, vectors, sigmas = run(kernels, cases, iterations, order)
+        if scale * 100 < EPS:
+            assert torch.equal(sigmas, torch.zeros_like(sigmas))
+            for case, result in zip(cases, results, strict=True):
+                assert torch.equal(result.u, case.u)
+                assert torch.equal(result.v, case.v)
+                assert torch.equal(result.out, case.w)
+        else:
+            for case, result in zip(cases, results, strict=True):
+                check(result, case, iterations, order)
+        check_gradients(kernels, cases, vectors, sigmas)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e30])
+def test_the_ends_of_fp32(kernels, scale):
+    cases = [make(name, scale=scale) for name in ("aligned long", "small")]
+    results, _, _ = run(kernels, cases, 2, eps=1e-36)
+    for case, result in zip(cases, results, strict=True):
+        truth = expected(case, 2, eps=1e-36, dtype=torch.float64)
+        for name in ("u", "v", "out"):
+            assert error(getattr(result, name), getattr(truth, name)) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("order", ["uv", "vu"])
+def test_a_bad_entry_leaves_everything_as_it_is(kernels, bad, order):
+    """Also inf, where the reference makes inf / inf of one of the vectors."""
+    cases = [make("odd"), make("small"), make("first conv")]
+    cases[1].w[1, 2] = bad
+    results, vectors, sigmas = run(kernels, cases, 2, order)
+    check(results[0], cases[0], 2, order)
+    check(results[2], cases[2], 2, order)
+    assert torch.equal(results[1].u, cases[1].u)
+    assert torch.equal(results[1].v, cases[1].v)
+    assert torch.equal(results[1].out.nan_to_num(), cases[1].w.nan_to_num())
+    assert sigmas[1] == 0
+    grads = [torch.randn_like(c.w) for c in cases]
+    assert torch.equal(gradients(kernels, cases, grads, vectors, sigmas)[1], grads[1])
+
+
+@pytest.mark.parametrize("name", ["odd", "transposed", "channels last"])
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("order", ["uv", "vu"])
+def test_a_product_of_zero_keeps_one_vector_only(kernels, name, iterations, order):
+    """The first product vanishes, the second one, of the vector that was kept, does not."""
+    case = make(name)
+    (case.v if order == "uv" else case.u).zero_()
+    result = run(kernels, [case], iterations, order)[0][0]
+    check(result, case, iterations, order)
+
+
+@pytest.mark.parametrize("order", ["uv", "vu"])
+def test_a_second_product_of_zero(kernels, order):
+    """s is no longer than eps though t is: the other vector stays, and |sigma| is below eps."""
+    case = make("small", scale=1e-3)
+    for iterations in (1, 2):
+        eps = 2 * torch.linalg.matrix_norm(reference.weight_matrix(case.w, 0), 2).item()
+        (case.v if order == "uv" else case.u).mul_(1e3)  # longer than 1, so that t passes
+        result = run(kernels, [case], iterations, order, eps=eps)[0][0]
+        want = expected(case, iterations, order, eps=eps)
+        assert error(result.u, want.u) < 1e-6
+        assert error(result.v, want.v) < 1e-6
+        assert error(result.out, want.out) < 1e-6
+
+
+def test_without_iteration_any_length_of_u_and_v_will_do(kernels):
+    cases = [make("small"), make("odd"), make("transposed")]
+    for case, factor in zip(cases, (3.0, 1 + 4e-7, 0.0), strict=True):
+        case.u *= factor
+    results, _, _ = run(kernels, cases, 0)
+    check(results[0], cases[0], 0)
+    assert torch.equal(results[1].u, cases[1].u)  # unit up to rounding: the bits stay
+    assert torch.equal(results[2].out, cases[2].w)
+    assert results[2].sigma.item() == 0
+
+
+# ---------------------------------------------------------------- backward
+
+
+def gradients(kernels, cases, grads, vectors, sigmas):
+    parts = vectors.split([c.u.numel() for c in cases] + [c.v.numel() for c in cases])
+    normalized = [
+        # With the weight's strides, but for gaps.
+        torch.empty_like(c.w).copy_(reference.normalized(c.w, u, v, EPS, c.dim))
+        for c, u, v in zip(cases, parts[: len(cases)], parts[len(cases) :], strict=True)
+    ]
+    return kernels.normalize_backward(
+        grads, normalized, vectors, sigmas, [EPS] * len(cases), [c.dim for c in cases]
+    )
+
+
+def check_gradients(kernels, cases, vectors, sigmas, grads=None):
+    """Against autograd of the reference in float64, and no worse than autograd in the dtype itself."""
+    grads = [torch.randn_like(c.w) for c in cases] if grads is None else grads
+    dws = gradients(kernels, cases, grads, vectors, sigmas)
+    parts = vectors.split([c.u.numel() for c in cases] + [c.v.numel() for c in cases])
+    for i, (case, grad, dw) in enumerate(zip(cases, grads, dws, strict=True)):
+        if grad is None:
+            assert dw is None
+            continue
+        wanted = []
+        for dtype in (torch.float64, case.w.dtype):
+            w = case.w.to(dtype, copy=True).requires_grad_()
+            kind = reference.compute_dtype(w)
+            u, v = parts[i].to(kind), parts[len(cases) + i].to(kind)
+            reference.normalized(w, u, v, EPS, case.dim).backward(grad.to(dtype))
+            wanted.append(w.grad.double())
+        truth, theirs = wanted
+        # What is subtracted may be larger than what is left.
+        size = max(truth.norm().item(), grad.double().norm().item() / (abs(sigmas[i].item()) or 1.0))
+        few = 8 * torch.finfo(vectors.dtype).eps + (dw.dtype != vectors.dtype) * torch.finfo(dw.dtype).eps
+        mistake, allowed = (dw.double() - truth).norm().item(), (theirs - truth).norm().item()
+        assert mistake <= 2 * allowed + few * size
+        assert dw.shape == case.w.shape
+        assert dw.stride() == torch.empty_like(case.w).stride()
+        assert dw.dtype == case.w.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_gradient_of_every_shape(kernels, dtype):
+    cases = [make(name, dtype) for name in GENERAL]
+    _, vectors, sigmas = run(kernels, cases, divide=False)
+    check_gradients(kernels, cases, vectors, sigmas)
+
+
+def test_gradients_that_are_missing(kernels):
+    cases = [make(name) for name in ("small", "odd", "column")]
+    _, vectors, sigmas = run(kernels, cases)
+    check_gradients(kernels, cases, vectors, sigmas, [None, torch.randn_like(cases[1].w), None])
+    check_gradients(kernels, cases, vectors, sigmas, [None] * 3)
+
+
+@pytest.mark.parametrize("name", ["first conv", "channels last", "conv transpose", "three strides"])
+def test_gradients_of_any_strides(kernels, name):
+    case = make(name)
+    _, vectors, sigmas = run(kernels, [case])
+    shape = case.w.shape
+    backwards = torch.randn(shape[::-1], device=DEVICE).permute(3, 2, 1, 0)
+    padded = torch.randn(*shape[:3], 2 * shape[3], device=DEVICE)[..., ::2]
+    expanded = torch.randn(1, device=DEVICE).expand(shape)
+    for grad in (torch.randn(shape, device=DEVICE), channels_last(torch.randn(shape, device=DEVICE))):
+        check_gradients(kernels, [case], vectors, sigmas, [grad])
+    for grad in (backwards, padded, expanded):
+        check_gradients(kernels, [case], vectors, sigmas, [grad])
+
+
+def test_two_runs_give_the_same_bits(kernels):
+    cases = [make(name) for name in ("aligned long", "transposed", "channels last")]
+    grads = [torch.randn_like(c.w) for c in cases]
+    runs = []
+    for _ in range(2):
+        results, vectors, sigmas = run(kernels, cases, 2)
+        runs.append((*(r.out for r in results), vectors, *gradients(kernels, cases, grads, vectors, sigmas)))
+    assert all(map(torch.equal, *runs))
+
+
+@seed(0)
+@settings(max_examples=8, deadline=None, database=None)
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=2, max_size=5),
+    data=st.data(),
+    iterations=st.integers(0, 2),
+    order=st.sampled_from(["uv", "vu"]),
+)
+def test_any_shape_and_layout(kernels, shape, data, iterations, order):
+    torch.manual_seed(0)
+    dim = data.draw(st.integers(0, len(shape) - 1))
+    permutation = data.draw(st.permutations(range(len(shape))))
+    back = sorted(range(len(shape)), key=lambda d: permutation[d])
+    case = make((shape, dim, lambda w: w.permute(permutation).contiguous().permute(back)))
+    (result,), vectors, sigmas = run(kernels, [case], iterations, order)
+    check(result, case, iterations, order)
+    check_gradients(kernels, [case], vectors, sigmas)
+
+
+# ---------------------------------------------------------------- the real compiler
+
+COMPILE = """
+    import triton, triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from specnorm_fx import triton_kernels as k
+
+    pointers = {"table": "*i64", "epsilons": "*fp64", "sums": "*fp64"}
+    pointers |= dict.fromkeys(("vectors", "workspace", "sigmas", "output"), "*fp32")
+    constants = dict(W=tl.float32, C=tl.float32, VEC=4, L=2, FIRST=False, DIVIDE=True, TOLERANCE=1e-6)
+    for name in ("_pass", "_reduce", "_finish", "_dot", "_gradient"):
+        kernel = getattr(k, name + "_kernel")
+        types, values = {}, {}
+        for i, argument in enumerate(kernel.arg_names):
+            if argument in constants:
+                types[argument], values[i,] = "constexpr", constants[argument]
+            elif argument in ("step", "n_sigmas"):
+                types[argument] = "i32"
+            else:
+                types[argument] = pointers.get(argument, ("i64", "i64"))
+        source = triton.compiler.ASTSource(kernel, types, values)
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+        assert built.asm["cubin"]
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="every other test compiles")
+def test_compiles_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    subprocess.run([sys.executable, "-c", textwrap.dedent(COMPILE)], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_model_trains_through_them(kernels, monkeypatch, compiled):
+    """The whole way: operator, autograd, u and v copied back."""
+    plain = Discriminator().to(DEVICE)
+    plain.dropout.p = 0.0
+    torch.manual_seed(1)
+    by_reference = transform(plain, implementation="reference")
+    torch.manual_seed(1)
+    gm = transform(copy.deepcopy(plain))
+    monkeypatch.setattr(ops, "_kernels", lambda weights: kernels)
+    model = torch.compile(gm, backend="aot_eager", fullgraph=True) if compiled else gm
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (gm, by_reference)]
+    for _ in range(3):
+        real, fake = torch.randn(2, 4, 3, 8, 8, device=DEVICE)
+        for m, optimizer in zip((model, by_reference), optimizers, strict=True):
+            optimizer.zero_grad()
+            (m(real).exp() + m(fake).exp()).mean().backward()
+            optimizer.step()
+    for (name, a), b in zip(gm.state_dict().items(), by_reference.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), name
+    assert torch.allclose(gm.eval()(real), by_reference.eval()(real), rtol=1e-4, atol=1e-5)
