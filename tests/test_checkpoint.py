@@ -21,7 +21,7 @@ def source(case, layout):
     """A trained model in a layout, and its outputs in eval."""
     model = case.make()
     if layout == "specnorm_fx":
-        model = transform(model)
+        model = transform(model, implementation="reference")
     elif layout != "plain":
         # On layers only: torch cannot parametrise by the hook what the forward reads by itself.
         apply_torch_sn(model, case.weights, SN[layout])
