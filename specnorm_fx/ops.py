@@ -99,7 +99,8 @@ def _normalize(
             return result
         vectors, sigmas = _power_iteration(weights, us, vs, n, eps, dims, orders)
         columns = (weights, *_split(vectors, weights, dims), eps, dims)
-        return vectors, sigmas, [reference.normalized(*site) for site in zip(*columns, strict=True)]
+        normalized = [reference.normalized(*site) for site in zip(*columns, strict=True)]
+        return vectors, sigmas, [_laid_out(*pair) for pair in zip(normalized, weights, strict=True)]
 
 
 def _power_iteration(
@@ -139,7 +140,7 @@ def _gradients_by_kernel(
         else:
             columns = (grads, normalized, *_split(vectors, normalized, dims), sigmas.unbind(), eps, dims)
             gradients = [
-                None if grad is None else reference.gradient(grad, *site)
+                None if grad is None else _laid_out(reference.gradient(grad, *site), site[0])
                 for grad, *site in zip(*columns, strict=True)
             ]
         return [gradient for gradient in gradients if gradient is not None]
@@ -148,6 +149,12 @@ def _gradients_by_kernel(
 def _singular_vectors(*columns: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
     pairs = [reference.singular_vectors(*site) for site in zip(*columns, strict=True)]
     return [u for u, _ in pairs], [v for _, v in pairs]
+
+
+def _laid_out(result: Tensor, weight: Tensor) -> Tensor:
+    """The result with the strides that the operator promises, those of ``torch.empty_like(weight)``."""
+    promised = torch.empty_like(weight)
+    return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
 def _split(

@@ -76,6 +76,23 @@ def test_equal_to_eager_over_steps_without_recompilation(case, dtype, sign):
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_convolutions_where_there_are_no_kernels(monkeypatch, memory_format):
+    """Inductor gives weights and gradients in channels_last and holds the reference to it as well."""
+    monkeypatch.setattr(ops, "_kernels", lambda weights: None)
+    case = case_named("discriminator")
+    gm = transform(case.make().double()).to(memory_format=memory_format)
+    gm.dropout.p = 0.0
+    eager = copy.deepcopy(gm)
+    model, _ = compiled(gm)
+    (x,) = case.inputs(4, torch.float64)
+    for m in (model, eager):
+        m(x.to(memory_format=memory_format)).exp().mean().backward()
+    scale = max(g.abs().max() for g in gradients(eager))
+    for a, b in zip(gradients(gm), gradients(eager), strict=True):
+        assert (a - b).abs().max() / scale < TOLERANCE[torch.float64]
+
+
 def test_dynamic_batch_compiles_once():
     """And calls the backend once: a float option that became an input would make it start anew."""
     gm = transform(Block(3, 8), eps=1e-10)
