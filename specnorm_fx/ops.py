@@ -74,8 +74,10 @@ def _cuda_kernels() -> ModuleType | None:
 def _kernels(weights: Sequence[Tensor]) -> ModuleType | None:
     """The module that has the three kernels for some weights, or None: go by the reference."""
     device = weights[0].device.type
+    dtypes = {weight.dtype for weight in weights}
+    if len(dtypes) > 1:  # fp32 and half have one compute dtype, but a kernel reads one dtype
+        return None
     if device == "cpu":
-        dtypes = {weight.dtype for weight in weights}
         return cpu_kernels if dtypes <= set(cpu_kernels.DTYPES) and cpu_kernels.available() else None
     return _cuda_kernels() if device == "cuda" else None
 

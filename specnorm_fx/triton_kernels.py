@@ -1006,8 +1006,8 @@ def normalize(
 
     Args:
         weights: L tensors of at least two dimensions, any strides.
-        us: u of each, contiguous ``[m]``, compute dtype; not changed.
-        vs: v of each, contiguous ``[n]``, compute dtype; not changed.
+        us: u of each, ``[m]``, any floating dtype; not changed.
+        vs: v of each, ``[n]``, likewise; not changed.
         n_power_iterations: Of each, from 0.
         eps: Of each, as in `reference.power_iteration`.
         dims: The output dimension of each, from 0.
@@ -1070,6 +1070,8 @@ def _forward(
         for w, dim, n, order, e in zip(weights, dims, n_power_iterations, orders, eps, strict=True)
     )
     device, dtype = weights[0].device, reference.compute_dtype(weights[0])
+    # A model that was turned to half precision has u and v in it.
+    us, vs = ([x.to(dtype).contiguous() for x in column] for column in (us, vs))
     plan = _forward_plan(key, weights[0].element_size(), device, divide)
     types = _types(weights[0])
     vectors = torch.empty(sum(x.numel() for x in (*us, *vs)), dtype=dtype, device=device)

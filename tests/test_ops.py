@@ -1,6 +1,7 @@
 """The operators: registered as PyTorch wants them, differentiable, transformable; what runs where."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,18 @@ def test_a_model_of_several_dtypes(implementation):
         assert relative_error(site.u.abs(), u.abs()) < 1e-5
         assert relative_error(site.v.abs(), v.abs()) < 1e-5
         assert site.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_kernels_read_one_dtype(device):
+    """Also where another one has the same compute dtype."""
+
+    def weight(dtype):
+        return SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+    single, half = weight(torch.float32), weight(torch.bfloat16)
+    assert ops._kernels([single, single]) is not None
+    assert ops._kernels([single, half]) is None
 
 
 def test_only_part_of_the_weights_trains():

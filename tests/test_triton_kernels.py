@@ -522,6 +522,17 @@ def test_compiles_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-c", textwrap.dedent(COMPILE)], check=True, timeout=300)
 
 
+def test_u_and_v_in_half_precision(kernels):
+    """As `model.half()` leaves them."""
+    case = make("small", torch.float16)
+    case.u, case.v = case.u.half(), case.v.half()
+    (got,), _, _ = run(kernels, [case])
+    case.u, case.v = case.u.float(), case.v.float()
+    (want,), _, _ = run(kernels, [case])
+    assert torch.equal(got.u, want.u)
+    assert torch.equal(got.out, want.out)
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_model_trains_through_them(kernels, monkeypatch, compiled):
     """The whole way: operator, autograd, u and v copied back."""
