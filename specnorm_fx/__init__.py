@@ -1,8 +1,11 @@
 """specnorm_fx: spectral norm for PyTorch models as a graph pass."""
 
+from typing import TYPE_CHECKING, Any
+
 from specnorm_fx import onnx as onnx
 from specnorm_fx.checkpoint import convert_state_dict as convert_state_dict
 from specnorm_fx.config import SpectralNormConfig as SpectralNormConfig
+from specnorm_fx.explain import explain as explain
 from specnorm_fx.freeze import freeze as freeze
 from specnorm_fx.freeze import frozen_state_dict as frozen_state_dict
 from specnorm_fx.passes import SpectralNormPass as SpectralNormPass
@@ -12,16 +15,32 @@ from specnorm_fx.report import sigmas as sigmas
 from specnorm_fx.update import update_ as update_
 from specnorm_fx.update import warm_up_ as warm_up_
 
+if TYPE_CHECKING:
+    from specnorm_fx.backend import FuseSpectralNorm as FuseSpectralNorm
+    from specnorm_fx.backend import specnorm as specnorm
+
 __all__ = [
+    "FuseSpectralNorm",
     "SpectralNormConfig",
     "SpectralNormPass",
     "convert_state_dict",
+    "explain",
     "freeze",
     "frozen_state_dict",
     "onnx",
     "report",
     "sigmas",
+    "specnorm",
     "transform",
     "update_",
     "warm_up_",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The compiler's side, on first use: it loads Inductor, which takes as long as torch itself."""
+    if name in ("FuseSpectralNorm", "specnorm"):
+        from specnorm_fx import backend
+
+        return getattr(backend, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

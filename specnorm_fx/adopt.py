@@ -46,6 +46,15 @@ class TorchSN:
         return f"{self.module_fqn}.{self.name}" if self.module_fqn else self.name
 
     @property
+    def parameter(self) -> Tensor:
+        """The stored weight, before division by sigma."""
+        parametrizations = _parametrizations(self.module)
+        if self.name in parametrizations:
+            stored: Tensor = parametrizations[self.name].original
+            return stored
+        return self.module.get_parameter(f"{self.name}_orig")
+
+    @property
     def parametrization(self) -> str:
         """The FQN of the module that computes the parametrised weight."""
         return f"{self.module_fqn}.parametrizations.{self.name}".removeprefix(".")

@@ -37,7 +37,7 @@
 typedef struct {
     int64_t rows, groups, width, row_stride, group_stride;
     int64_t by_rows;      /* iterate: start from the vector of the columns (1) or of the rows (0) */
-    int64_t iterations;   /* from 0 */
+    int64_t iterations;   /* 0: the vectors at unit length; -1: as they are */
     double eps;
 } site;
 
@@ -73,7 +73,7 @@ static int64_t steps_in_width(const site *s) {
 
 /* Blocks of one pass over a matrix. */
 static int64_t blocks_of(const site *s) {
-    if (s->by_rows || s->iterations == 0) return parts(s->rows, row_step(s));
+    if (s->by_rows || s->iterations <= 0) return parts(s->rows, row_step(s));
     int64_t step = column_step(s);
     if (step >= s->width) return parts(s->groups, step / s->width);
     return s->groups * steps_in_width(s);
@@ -221,9 +221,9 @@ typedef struct {
 static void NAME(run_block)(const site *s, const tensors *t, NAME(work) *work, int64_t block) {
     const REAL *weight = t->weight;
     const int64_t columns = columns_of(s);
-    if (s->iterations == 0 || s->by_rows) {
+    if (s->iterations <= 0 || s->by_rows) {
         int64_t step = row_step(s), first = block * step, last = at_most(first + step, s->rows);
-        REAL *partial = s->iterations ? work->partial + block * columns : NULL;
+        REAL *partial = s->iterations > 0 ? work->partial + block * columns : NULL;
         NAME(pass_by_rows)(s, weight, first, last, work->column_vector, work->row_vector, partial);
         return;
     }
@@ -239,7 +239,7 @@ static void NAME(run_block)(const site *s, const tensors *t, NAME(work) *work, i
    the caller has to do in another way. */
 static int NAME(finish_pass)(const site *s, const tensors *t, NAME(work) *work, double *sigma) {
     const int64_t rows = s->rows, columns = columns_of(s), blocks = blocks_of(s);
-    if (s->iterations == 0) {
+    if (s->iterations <= 0) {
         double row_length = sqrt(NAME(inner)(t->row_vector, t->row_vector, rows));
         double column_length = sqrt(NAME(inner)(t->column_vector, t->column_vector, columns));
         *sigma = NAME(inner)(t->row_vector, work->row_vector, rows);
@@ -248,8 +248,8 @@ static int NAME(finish_pass)(const site *s, const tensors *t, NAME(work) *work, 
         if (!plain) return 0;
         /* The bits of a vector that is a unit vector up to rounding are kept: reference.unit. */
         double tolerance = 16 * (sizeof(REAL) == 4 ? 0x1p-23 : 0x1p-52);
-        if (fabs(row_length - 1) <= tolerance) row_length = 1;
-        if (fabs(column_length - 1) <= tolerance) column_length = 1;
+        if (s->iterations < 0 || fabs(row_length - 1) <= tolerance) row_length = 1;
+        if (s->iterations < 0 || fabs(column_length - 1) <= tolerance) column_length = 1;
         *sigma /= row_length * column_length;
         NAME(divide)(t->row_vector, (REAL)row_length, t->new_row_vector, rows);
         NAME(divide)(t->column_vector, (REAL)column_length, t->new_column_vector, columns);
@@ -298,7 +298,7 @@ static int NAME(normalize_batch)(const site *sites, const tensors *all, int64_t 
         work[k].column_vector = next, next += columns_of(s);
         work[k].partial = next, next += blocks_of(s) * (s->by_rows ? columns_of(s) : s->rows);
         work[k].left = at_least(s->iterations, 1);
-        if (s->by_rows || s->iterations == 0)
+        if (s->by_rows || s->iterations <= 0)
             NAME(copy_column_vector)(all[k].column_vector, work[k].column_vector, all[k].places, columns_of(s));
         else
             memcpy(work[k].row_vector, all[k].row_vector, s->rows * sizeof(REAL));
@@ -323,7 +323,7 @@ static int NAME(normalize_batch)(const site *sites, const tensors *all, int64_t 
             for (int64_t k = 0; k < count; k++) {
                 if (starts[k] == starts[k + 1]) continue;
                 done[k] = NAME(finish_pass)(sites + k, all + k, work + k, sigmas + k);
-                if (sites[k].iterations == 0) work[k].left = 0;
+                if (sites[k].iterations <= 0) work[k].left = 0;
             }
         }
         if (divides) {

@@ -66,7 +66,7 @@ def normalize(
         weights: L tensors of at least two dimensions, all fp32 or all fp64, any strides.
         us: u of each, ``[m]``; not changed.
         vs: v of each, ``[n]``; not changed.
-        n_power_iterations: Of each, from 0.
+        n_power_iterations: Of each, as in `reference.singular_vectors`.
         eps: Of each, as in `reference.power_iteration`.
         dims: The output dimension of each, from 0.
         orders: ``"uv"`` or ``"vu"`` of each.

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "AS_STORED",
     "INITIAL_ITERATIONS",
     "autocast_off",
     "compute_dtype",
@@ -45,6 +46,9 @@ __all__ = [
 # torch's own number of iterations when spectral norm is put on a weight (_SpectralNorm.__init__). In
 # training mode torch adds one update: registering a parametrization reads the weight once.
 INITIAL_ITERATIONS = 15
+
+# A number of power iterations: none, and u and v as they are, of whatever length. So does torch in eval mode.
+AS_STORED = -1
 
 # Power iteration that is to converge stops once sigma moves by less than this, relatively, in one
 # step: for the usual gaps between singular values sigma is then right to about ten times as much.
@@ -223,13 +227,13 @@ def singular_vectors(
     dim: int,
     order: str = "uv",
 ) -> tuple[Tensor, Tensor]:
-    """The u and v to normalise by: after power iterations, or for none the given ones at unit length.
+    """The u and v to normalise by: after power iterations, or for none the given ones.
 
     Args:
         weight: As in `weight_matrix`.
         u: ``[m]``, the weight's dtype or fp32.
         v: ``[n]``, likewise.
-        n_power_iterations: From 0.
+        n_power_iterations: 0 brings the given ones to unit length; `AS_STORED` keeps them as they are.
         eps: As in `power_iteration`.
         dim: As in `weight_matrix`.
         order: As in `power_iteration`.
@@ -240,8 +244,10 @@ def singular_vectors(
     with autocast_off(weight.device.type):
         weight_mat = weight_matrix(weight, dim)
         u, v = u.to(weight_mat.dtype), v.to(weight_mat.dtype)
-        if n_power_iterations:
+        if n_power_iterations > 0:
             return power_iteration(weight_mat, u, v, n_power_iterations, eps, order)
+        if n_power_iterations == AS_STORED:
+            return u.clone(), v.clone()
         return unit(u, eps), unit(v, eps)
 
 

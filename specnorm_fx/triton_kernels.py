@@ -298,7 +298,7 @@ def _block(
             place = _place(p, p_axis)
             x = tl.load(x_from + place, mask=p_in, other=0.0)
             tl.store(x_to + place, x, mask=p_in)
-            if iterations == 0:
+            if iterations <= 0:
                 square += tl.sum(x.to(tl.float64) * t.to(tl.float64), 0)
                 other += tl.sum(x.to(tl.float64) * x.to(tl.float64), 0)
 
@@ -450,7 +450,7 @@ def _reduce_kernel(
         tiles = tl.load(row + TILES).to(tl.int32)
         tile_sums = sums + tl.load(row + TILE_SUMS) + tile
         y = tl.load(vectors + tl.load(row + Y) + _place(q, q_axis), mask=q_in, other=0.0).to(tl.float64)
-        if iterations == 0:
+        if iterations <= 0:
             tl.store(tile_sums, tl.sum(y * y, 0))
         else:
             block_sums = sums + tl.load(row + BLOCK_SUMS)
@@ -519,12 +519,15 @@ def _finish_kernel(
     tiles = tl.load(row + TILES).to(tl.int32)
     tile_sums = sums + tl.load(row + TILE_SUMS)
     y_to = vectors + tl.load(row + Y)
-    if tl.load(row + ITERATIONS) == 0:
+    iterations = tl.load(row + ITERATIONS)
+    if iterations <= 0:
         blocks = tl.load(row + BLOCKS).to(tl.int32)
         block_sums = sums + tl.load(row + BLOCK_SUMS)
         x_to = vectors + tl.load(row + X)
-        x_length = _unit_length(_total(block_sums + blocks, blocks), eps, C, TOLERANCE)
-        y_length = _unit_length(_total(tile_sums, tiles), eps, C, TOLERANCE)
+        # Below 0 they are to stay as they are, of whatever length.
+        stays = iterations < 0
+        x_length = tl.where(stays, 1.0, _unit_length(_total(block_sums + blocks, blocks), eps, C, TOLERANCE))
+        y_length = tl.where(stays, 1.0, _unit_length(_total(tile_sums, tiles), eps, C, TOLERANCE))
         sigma = _total(block_sums, blocks) / (x_length * y_length)
         _write_vector(x_to, x_to, _axis(row, 0), 1.0 / x_length, chunk, chunks, True, C)
         _write_vector(y_to, y_to, _axis(row, AXIS), 1.0 / y_length, chunk, chunks, True, C)
@@ -876,7 +879,7 @@ def _oriented(weight: _Weight) -> tuple[_Axis, _Axis, bool]:
     assert axes is not None
     rows, columns = axes
     # Without iteration both orders give the same: take the one in which q runs along memory.
-    swapped = weight.order == "vu" if weight.iterations else not _columns_inside(rows, columns)
+    swapped = weight.order == "vu" if weight.iterations > 0 else not _columns_inside(rows, columns)
     p, q = (columns, rows) if swapped else (rows, columns)
     assert max(p.size, q.size) < 2**31
     return p, q, swapped
@@ -1008,7 +1011,7 @@ def normalize(
         weights: L tensors of at least two dimensions, any strides.
         us: u of each, ``[m]``, any floating dtype; not changed.
         vs: v of each, ``[n]``, likewise; not changed.
-        n_power_iterations: Of each, from 0.
+        n_power_iterations: Of each, as in `reference.singular_vectors`.
         eps: Of each, as in `reference.power_iteration`.
         dims: The output dimension of each, from 0.
         orders: ``"uv"`` or ``"vu"`` of each.

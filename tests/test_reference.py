@@ -272,3 +272,14 @@ def test_initial_vectors_are_torchs_own():
         ours = specnorm_fx.transform(plain, n_power_iterations=2)
         assert torch.equal(theirs._u, ours.weight_u)
         assert torch.equal(theirs._v, ours.weight_v)
+
+
+def test_vectors_as_they_are_stored():
+    weight, u, v = torch.randn(4, 6), torch.randn(4), torch.randn(6)
+    new_u, new_v = reference.singular_vectors(weight, u, v, reference.AS_STORED, 1e-12, 0)
+    assert torch.equal(new_u, u)
+    assert torch.equal(new_v, v)
+    assert new_u.data_ptr() != u.data_ptr()
+    by_unit = reference.singular_vectors(weight, u, v, 0, 1e-12, 0)
+    sigmas = [reference.sigma(weight, *pair) for pair in ((new_u, new_v), by_unit)]
+    assert sigmas[0].item() == pytest.approx((sigmas[1] * u.norm() * v.norm()).item(), rel=1e-5)

@@ -144,7 +144,7 @@ def check(result, case, iterations=1, order="uv"):
     theirs = expected(case, iterations, order)
     # In float64 the reference is the truth itself, so its own error counts as one of the few.
     few = (16 if case.w.dtype == torch.float64 else 4) * torch.finfo(result.u.dtype).eps
-    if not iterations:  # u^T W v of any u and v: terms as large as W may leave a small sum
+    if iterations <= 0:  # u^T W v of any u and v: terms as large as W may leave a small sum
         w = reference.weight_matrix(case.w.double(), case.dim)
         few *= max(1.0, (torch.linalg.matrix_norm(w, 2) / result.sigma.abs()).item())
     for name in ("u", "v", "out"):
@@ -377,6 +377,19 @@ def test_a_second_product_of_zero(kernels, order):
         assert error(result.u, want.u) < 1e-6
         assert error(result.v, want.v) < 1e-6
         assert error(result.out, want.out) < 1e-6
+
+
+def test_u_and_v_as_they_are(kernels):
+    cases = [make("small"), make("odd"), make("transposed"), make("aligned long"), make("small")]
+    for case, factor in zip(cases, (3.0, 0.5, 1.0, 0.9, 2.0), strict=True):
+        case.u *= factor
+    counts = [reference.AS_STORED] * 4 + [1]
+    results, _, _ = run(kernels, cases, counts)
+    for case, result, count in zip(cases, results, counts, strict=True):
+        check(result, case, count)
+        if count == reference.AS_STORED:
+            assert torch.equal(result.u, case.u)
+            assert torch.equal(result.v, case.v)
 
 
 def test_without_iteration_any_length_of_u_and_v_will_do(kernels):

@@ -1,0 +1,113 @@
+"""What `specnorm_fx.backend.specnorm` would fuse in a model, and what not, and why."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from specnorm_fx.adopt import find_torch_sn
+from specnorm_fx.fuse import Fused, Passed, fqn_in_source, fuse_
+
+__all__ = ["Explanation", "GraphExplanation", "explain"]
+
+
+@dataclass(frozen=True)
+class GraphExplanation:
+    """One graph that Dynamo captured.
+
+    Attributes:
+        fused: Each use of torch's spectral norm that becomes part of an operator call.
+        passed: What looks like one, and stays as it is.
+    """
+
+    fused: tuple[Fused, ...]
+    passed: tuple[Passed, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; ``str`` makes a table of it.
+
+    Attributes:
+        graphs: In order of capture.
+        missing: Weights with torch's spectral norm that no graph computes.
+        breaks: Why Dynamo ended a graph before the end of the forward.
+    """
+
+    graphs: tuple[GraphExplanation, ...]
+    missing: tuple[Passed, ...]
+    breaks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = []
+        for number, graph in enumerate(self.graphs, 1):
+            lines.append(f"graph {number}: {len(graph.fused)} fused, {len(graph.passed)} passed through")
+            lines += [f"  fused   {use.fqn}  {_options(use)}" for use in graph.fused]
+            lines += [f"  passed  {entry.fqn}  {entry.reason}" for entry in graph.passed]
+        lines += [f"in no graph: {entry.fqn}  {entry.reason}" for entry in self.missing]
+        lines += [f"graph break: {reason}" for reason in self.breaks]
+        return "\n".join(lines) or "no graph was captured"
+
+
+def _options(use: Fused) -> str:
+    shape = " x ".join(map(str, use.shape))
+    iterations = f"n_power_iterations {use.n_power_iterations}" if use.n_power_iterations else "eval"
+    only = "" if use.divides else ", power iteration only"
+    return f"{shape}, dim {use.dim}, {iterations}{only}"
+
+
+def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """Capture a call of a model as ``torch.compile(model, backend="specnorm")`` would, and say what is fused.
+
+    The model runs once, in the mode it is in, as captured but not compiled. Buffers (u, v, batch statistics)
+    and random number generators are put back afterwards. Compiled code of the process is dropped, as
+    ``torch._dynamo.explain`` does.
+
+    Args:
+        model: Any model; one that is compiled already is taken for what it was.
+        *args: Of the call.
+        **kwargs: Of the call.
+
+    Returns:
+        By graph: what is fused, what passes through and why.
+
+    Raises:
+        Exception: What the model raises.
+    """
+    model = getattr(model, "_orig_mod", model)
+    weights = find_torch_sn(model)
+    fqns = {id(sn.parameter): fqn for fqn, sn in weights.items()}
+    graphs: list[GraphExplanation] = []
+
+    def name_of(node: fx.Node) -> str:
+        # By identity: where Dynamo captures the forward of a part, the source is relative to that part.
+        example = getattr(node.meta.get("grapharg"), "example", None)
+        return fqns.get(id(example)) or fqn_in_source(node)
+
+    def record(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        fused, passed = fuse_(gm, name_of=name_of)
+        graphs.append(GraphExplanation(tuple(fused), tuple(passed)))
+        return gm.forward
+
+    counted: Counter[str] = torch._dynamo.utils.counters["graph_break"]
+    before = counted.copy()
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    torch._dynamo.reset()
+    try:
+        with torch.random.fork_rng():
+            torch.compile(model, backend=record)(*args, **kwargs)
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        torch._dynamo.reset()
+
+    fused_fqns = {use.fqn for graph in graphs for use in graph.fused}
+    seen = fused_fqns | {entry.fqn for graph in graphs for entry in graph.passed}
+    missing = [fqn for fqn in weights if fqn not in seen]
+    reason = "not used by this call, or in code that Dynamo leaves to Python"
+    # Dynamo's reasons go on with hints and links.
+    breaks = dict.fromkeys(text.strip().partition("\n")[0] for text in counted - before)
+    return Explanation(tuple(graphs), tuple(Passed(fqn, reason) for fqn in missing), tuple(breaks))
