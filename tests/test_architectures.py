@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import specnorm_fx
 from specnorm_fx import freeze, frozen_state_dict, transform
+from specnorm_fx.adopt import find_torch_sn
 from specnorm_fx.capture import KINDS
 from tests.architectures import ARCHITECTURES
 from tests.models import apply_torch_sn, parametrize, relative_error
@@ -75,15 +76,34 @@ def test_the_others_module_by_module(case):
         assert torch.equal(outputs(model, batch), outputs(theirs, batch))
 
 
-@pytest.mark.parametrize("n_inputs", [1, 2])
-@parametrize([a for a in ARCHITECTURES if a not in BY_EXPORT])
-def test_dynamo_takes_the_others_in_pieces_that_both_hold_weights(case, n_inputs):
-    with torch.no_grad():
-        explanation = torch._dynamo.explain(case.build())(*case.inputs()[:n_inputs])
+@pytest.mark.parametrize(
+    ("case", "sn"),
+    [pytest.param(case, torch_sn, id=case.name) for case in ARCHITECTURES]
+    + [pytest.param(case, hook_sn, id=f"{case.name}-hook") for case in ARCHITECTURES if case not in BY_TRACE],
+)
+# PyTorch 2.13, when it goes on after a graph break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_backend_takes_every_model_as_it_is(case, sn):
+    """In float64, where rounding is no matter: equal to eager torch over steps, and every layer fused."""
     torch._dynamo.reset()
-    assert explanation.graph_break_count == 1
-    assert "Tensor.item()" in explanation.break_reasons[0].reason
-    assert all(any("weight" in node.name for node in gm.graph.nodes) for gm in explanation.graphs)
+    model = with_torch_sn(case.build().double(), sn)
+    twin = copy.deepcopy(model)
+    batch = [x.double() if x.is_floating_point() else x for x in case.inputs(3)]
+    explanation = specnorm_fx.explain(model, *batch)
+    assert {use.fqn for graph in explanation.graphs for use in graph.fused} == set(find_torch_sn(model))
+    assert len(explanation.breaks) == ("export" not in case.captures)
+    compiled = torch.compile(model, backend="specnorm", options={"inner": "aot_eager"})
+    optimizers = [torch.optim.SGD(m.parameters(), 1e-2) for m in (model, twin)]
+    for _ in range(2):
+        results = [outputs(m, batch) for m in (compiled, twin)]
+        assert relative_error(*results) < 1e-12
+        for result, optimizer in zip(results, optimizers, strict=True):
+            optimizer.zero_grad()
+            result.square().mean().backward()
+            optimizer.step()
+    for (name, value), other in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert relative_error(value.double(), other.double()) < 1e-12, name
+    torch._dynamo.reset()
 
 
 @CAPTURED
