@@ -120,7 +120,7 @@ def test_layers_in_training_and_eval(case, sn, options):
         assert [*model.state_dict()] == keys
 
 
-# torch leaves the second user of a tied weight alone, and the hook does not fire where a function uses a weight.
+# torch leaves the second user of a tied weight alone, and the hook does not fire for a weight in a function.
 @pytest.mark.parametrize(
     ("case", "sn"),
     [(case, torch_sn) for case in MODELS if case.name != "tied"]
