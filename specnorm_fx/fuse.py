@@ -106,11 +106,15 @@ def fuse_(
     Returns:
         What was fused, and what looks like spectral norm and was left alone, in order of the graph.
     """
+    # Dynamo hands a tensor on to an inner graph by the same name, but says only here where it found it.
+    inputs = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
     fused: list[Fused] = []
     passed: list[Passed] = []
     for module in gm.modules():
         if isinstance(module, fx.GraphModule):
-            found = fuse_graph_(module.graph, implementation, name_of)
+            found = fuse_graph_(
+                module.graph, implementation, lambda node: name_of(inputs.get(node.name, node))
+            )
             fused += found[0]
             passed += found[1]
             if found[0]:

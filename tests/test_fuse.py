@@ -299,6 +299,7 @@ def test_a_graph_within_the_graph():
 
     backend = compare(model, function, (torch.randn(4, 6, dtype=torch.float64),), steps=1)
     assert len(backend.calls(ops.normalize)) == 1
+    assert [use.fqn for use in backend.fused] == ["weight"]
 
 
 def test_dynamic_shapes():
