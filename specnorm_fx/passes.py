@@ -250,6 +250,7 @@ def route_(gm: SpectralNormGraphModule, weights: Sequence[tuple[str, SpectralNor
         for other in others:
             other.replace_all_uses_with(first)
             graph.erase_node(other)
+        first.target = fqn  # a tied weight goes by its first name, beside which u and v stand
         stored.append(first)
     first_operation = next(n for n in graph.nodes if n.op != "placeholder" and n not in stored)
     with graph.inserting_before(first_operation):

@@ -318,6 +318,20 @@ def test_the_other_name_of_a_tied_weight_selects_it():
     assert site.names == ("encoder.weight", "decoder.weight")
 
 
+def test_a_tied_weight_goes_by_its_first_name_whichever_is_used_first():
+    class DecoderFirst(Tied):
+        def forward(self, x):
+            return self.encoder(F.relu(self.decoder(x)))
+
+    gm = transform(DecoderFirst())
+    (site,) = gm.sites()
+    assert site.fqn == "encoder.weight"
+    assert site.names == ("encoder.weight", "decoder.weight")
+    (node, *_), *_ = gm.graph.find_nodes(op="call_module", target="spectral_norm")[0].args
+    assert node.target == "encoder.weight"
+    gm.load_state_dict(DecoderFirst().state_dict())
+
+
 def test_dim_is_resolved():
     model = nn.Sequential(nn.Linear(4, 6), nn.Flatten())
     (site,) = transform(model, dim=-1).sites()
