@@ -99,6 +99,47 @@ class ScaleDiscriminator(nn.Module):
         return torch.flatten(x, 1, -1), [*features, x]
 
 
+class PeriodDiscriminator(nn.Module):
+    """HiFi-GAN's: sound in columns of one period, padded to a multiple of it; a label is optional."""
+
+    def __init__(self, period, c=4):
+        super().__init__()
+        self.period = period
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv2d(1, c, (5, 1), (3, 1), padding=(2, 0)),
+                nn.Conv2d(c, 2 * c, (5, 1), (3, 1), padding=(2, 0)),
+            ]
+        )
+        self.post = nn.Conv2d(2 * c, 1, (3, 1), padding=(1, 0))
+
+    def forward(self, x, label=None):
+        b, c, t = x.shape
+        if t % self.period != 0:
+            x = F.pad(x, (0, self.period - t % self.period), "reflect")
+            t = t + self.period - t % self.period
+        x = x.view(b, c, t // self.period, self.period)
+        features = []
+        for conv in self.convs:
+            x = F.leaky_relu(conv(x), 0.1)
+            features.append(x)
+        x = self.post(x)
+        score = torch.flatten(x, 1, -1)
+        return score if label is None else score * label, [*features, x]
+
+
+class MultiPeriodDiscriminator(nn.Module):
+    """HiFi-GAN's: one for each period, on real and generated sound."""
+
+    def __init__(self, periods=(2, 3)):
+        super().__init__()
+        self.discriminators = nn.ModuleList([PeriodDiscriminator(period) for period in periods])
+
+    def forward(self, real, fake):
+        pairs = [(d(real), d(fake)) for d in self.discriminators]
+        return {"scores": [(r[0], f[0]) for r, f in pairs], "features": [(r[1], f[1]) for r, f in pairs]}
+
+
 class UNetDiscriminator(nn.Module):
     """Real-ESRGAN's (arXiv:2107.10833): skips and bilinear upsampling."""
 
