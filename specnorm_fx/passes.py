@@ -127,8 +127,10 @@ class SpectralNormPass(PassBase):
     The pass does not modify its input: go on with ``PassResult.graph_module``. ``modified`` is False,
     and the module the one that came in, when every selected weight was normalised before.
 
-    Order: before passes that fuse or fold weights (conv + batch norm fusion, quantization), since what
-    they fold would no longer be ``W / sigma``.
+    Order: before passes that fuse or fold weights (conv + batch norm fusion, quantization), or sigma is
+    taken of what they have folded. After passes that return a new ``fx.GraphModule`` (torch's ``CSEPass``):
+    it computes the same, but `sigmas`, `update_` and `freeze` do not know it.
+    ``this_before_that_pass_constraint`` states both.
 
     Args:
         select: As in `transform`.

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.experimental.optimization import fuse
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.fx.passes.infra.pass_manager import PassManager
+from torch.fx.passes.infra.pass_manager import PassManager, this_before_that_pass_constraint
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -289,6 +291,55 @@ def test_in_a_pass_manager(first):
     assert {site.fqn for site in result.graph_module.sites()} == {"conv1.weight", "conv2.weight"}
     assert "relu6" in result.graph_module.code
     assert not manager(result.graph_module).modified
+
+
+class _Repeats(nn.Module):
+    """Computes one thing twice, before batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        nn.init.uniform_(self.norm.weight)
+
+    def forward(self, x):
+        return self.norm(self.conv(torch.relu(x) + torch.relu(x)))
+
+
+def _fuse(graph_module):
+    """Conv + batch norm fusion, as a pass."""
+    return PassResult(fuse(graph_module, no_trace=True), True)
+
+
+def _run(model, *passes, constraints=None):
+    torch.manual_seed(1)
+    return PassManager(list(passes), constraints)(fx.symbolic_trace(model)).graph_module
+
+
+def test_next_to_torchs_own_passes():
+    model, x = _Repeats().eval(), torch.randn(2, 3, 6, 6)
+    ours, cse = SpectralNormPass(), CSEPass()
+    alone = _run(model, ours)
+
+    before, after = _run(model, cse, ours), _run(model, ours, cse)
+    for gm in (before, after):
+        assert torch.equal(gm(x), alone(x))
+        assert len(gm.graph.find_nodes(op="call_function", target=torch.relu)) == 1
+        assert counts(gm)["SpectralNorm"] == 1
+    # What CSEPass makes is a plain GraphModule, so it comes first where ours is wanted in the end.
+    assert specnorm_fx.sigmas(before)
+    with pytest.raises(TypeError, match="holds no transformed model"):
+        specnorm_fx.sigmas(after)
+
+    # Fusion afterwards leaves W / sigma alone; before, it would change what sigma is taken of.
+    assert torch.equal(_run(model, ours, _fuse)(x), alone(x))
+    assert not torch.allclose(_run(model, _fuse, ours)(x), alone(x), rtol=0.01)
+
+    # Constraints put them in order.
+    order = [this_before_that_pass_constraint(cse, ours), this_before_that_pass_constraint(ours, _fuse)]
+    sorted_out = _run(model, _fuse, ours, cse, constraints=order)
+    assert torch.equal(sorted_out(x), alone(x))
+    assert len(sorted_out.graph.find_nodes(op="call_function", target=torch.relu)) == 1
 
 
 # --- selection, through transform (the forms are in test_config) ---
