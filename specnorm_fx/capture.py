@@ -1,11 +1,12 @@
 """From a model to a graph in which the weights to normalise stand as ``get_attr`` nodes.
 
-Three steps, used by `specnorm_fx.passes`: `share` copies the structure, `symbolic_trace` makes the
-graph, and `inline` opens the leaf modules whose weights are selected. `find_weights` lists what can be
-selected.
+Three steps, used by `specnorm_fx.passes`: `share` copies the structure, `symbolic_trace` or
+`export_trace` makes the graph, and `inline` opens the leaf modules whose weights are selected.
+`find_weights` lists what can be selected.
 """
 
 import copy
+import inspect
 import itertools
 import linecache
 import operator
@@ -19,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer, TraceError
 
-from specnorm_fx.graph_module import attribute, parameter_names, spectral_norm_node
+from specnorm_fx.exported import layer_of, tidy_
+from specnorm_fx.graph_module import attribute, owner_of, parameter_names, spectral_norm_node
 
 __all__ = [
     "KINDS",
     "Weight",
+    "export_trace",
     "find_weights",
     "inline",
     "obstacle",
@@ -38,6 +41,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 # The layers whose ``weight`` can be normalised.
 KINDS = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
 
+_ATEN = torch.ops.aten
+
 # The functions that use a parameter as such a weight; it is their second argument, but for the last.
 _FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.linear: nn.Linear,
@@ -49,18 +54,26 @@ _FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.conv_transpose3d: nn.ConvTranspose3d,
     F.embedding: nn.Embedding,
     # What torch.export leaves of them.
-    torch.ops.aten.linear.default: nn.Linear,
-    torch.ops.aten.conv1d.default: nn.Conv1d,
-    torch.ops.aten.conv1d.padding: nn.Conv1d,
-    torch.ops.aten.conv2d.default: nn.Conv2d,
-    torch.ops.aten.conv2d.padding: nn.Conv2d,
-    torch.ops.aten.conv3d.default: nn.Conv3d,
-    torch.ops.aten.conv3d.padding: nn.Conv3d,
-    torch.ops.aten.conv_transpose1d.default: nn.ConvTranspose1d,
-    torch.ops.aten.conv_transpose2d.input: nn.ConvTranspose2d,
-    torch.ops.aten.conv_transpose3d.input: nn.ConvTranspose3d,
-    torch.ops.aten.embedding.default: nn.Embedding,
+    _ATEN.linear.default: nn.Linear,
+    _ATEN.conv1d.default: nn.Conv1d,
+    _ATEN.conv1d.padding: nn.Conv1d,
+    _ATEN.conv2d.default: nn.Conv2d,
+    _ATEN.conv2d.padding: nn.Conv2d,
+    _ATEN.conv3d.default: nn.Conv3d,
+    _ATEN.conv3d.padding: nn.Conv3d,
+    _ATEN.conv_transpose1d.default: nn.ConvTranspose1d,
+    _ATEN.conv_transpose2d.input: nn.ConvTranspose2d,
+    _ATEN.conv_transpose3d.input: nn.ConvTranspose3d,
+    _ATEN.embedding.default: nn.Embedding,
 }
+
+# What run_decompositions() leaves of them: every convolution, with a flag for the transposed ones, ...
+_CONVOLUTION = (_ATEN.convolution.default, _ATEN._convolution.default)
+_TRANSPOSED_FLAG = 6
+# ... and a Linear as the product with its transposed weight, at this position.
+_PRODUCTS = {_ATEN.mm.default: 1, _ATEN.bmm.default: 1, _ATEN.addmm.default: 2}
+_TRANSPOSITIONS = (_ATEN.t.default, _ATEN.permute.default, _ATEN.transpose.int)
+_EXPANSIONS = (_ATEN.expand.default, _ATEN.view.default)
 
 
 @dataclass
@@ -173,8 +186,7 @@ def _trace(model: nn.Module, training: bool) -> tuple[nn.Module, fx.Graph]:
             f"Symbolic trace cannot follow the forward of {type(model).__name__}"
             f"{f', in its module {inside!r}' if inside else ''}: {error}\n{_user_line(error)}"
             f"Two ways out: move that line into a function marked with torch.fx.wrap, or capture the "
-            f"model with example inputs and transform what comes out: "
-            f"specnorm_fx.transform(torch.export.export(model, args).module())."
+            f"model by torch.export: specnorm_fx.transform(model, example_inputs=...)."
         ) from error
 
 
@@ -197,6 +209,63 @@ def _user_line(error: Exception) -> str:
             source = linecache.getline(frame.filename, frame.lineno or 0).strip()
             return f"    {frame.filename}:{frame.lineno}: {source}\n"
     return ""
+
+
+def export_trace(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> fx.Graph:
+    """The graph of a model, by ``torch.export`` on example inputs.
+
+    Args:
+        model: Left as it is, but for constants that the graph reads (``lifted_tensor_0``).
+        example_inputs: One tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        dynamic_shapes: As in ``torch.export.export``; by default the shapes are those of the example.
+
+    Returns:
+        A graph over ``model``, in the mode that it is in, with nodes that check its inputs.
+
+    Raises:
+        TypeError: ``example_inputs`` are of another form, or not what the forward takes.
+        Exception: What ``torch.export`` raises when it cannot follow.
+    """
+    args, kwargs = _bound(model, example_inputs)
+    # Not strict: the forward runs as Python, so that what cannot be compiled may stand in it.
+    program = torch.export.export(share(model), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    exported = program.module()
+    tidy_(exported.graph, exported)
+    reads = (exported.graph.find_nodes(op=op) for op in ("get_attr", "call_module"))
+    for node in itertools.chain.from_iterable(reads):
+        owner, name = owner_of(model, node.target)
+        if not hasattr(owner, name):
+            constant = attribute(exported, node.target)
+            if isinstance(constant, Tensor):
+                owner.register_buffer(name, constant, persistent=False)
+            else:
+                setattr(owner, name, constant)
+    return exported.graph
+
+
+def _bound(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments in the order of the forward, in which the graph will take them."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, Tensor):
+        args = (example_inputs,)
+    elif isinstance(example_inputs, tuple):
+        args = example_inputs
+    elif isinstance(example_inputs, dict):
+        kwargs = example_inputs
+    else:
+        raise TypeError(
+            f"example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword "
+            f"arguments, got {type(example_inputs).__name__}."
+        )
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"example_inputs must be arguments of {type(model).__name__}.forward{signature}: {error}."
+        ) from error
+    return bound.args, bound.kwargs
 
 
 def find_weights(model: nn.Module, graph: fx.Graph) -> list[Weight]:
@@ -239,16 +308,34 @@ def find_weights(model: nn.Module, graph: fx.Graph) -> list[Weight]:
 
 def _functional_kinds(model: nn.Module, graph: fx.Graph) -> dict[int, type[nn.Module]]:
     """By the id of a parameter: the layer type whose function uses it as weight."""
-    kinds = {}
+    kinds: dict[int, type[nn.Module]] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in _FUNCTIONS:
-            position = 0 if node.target is torch.ops.aten.embedding.default else 1
-            weight = node.args[position] if len(node.args) > position else node.kwargs.get("weight")
-            if isinstance(weight, fx.Node) and weight.target is operator.getitem:
-                weight = _stored(model, weight)
-            if isinstance(weight, fx.Node) and weight.op == "get_attr":
-                kinds[id(attribute(model, str(weight.target)))] = _FUNCTIONS[node.target]
+        weight = _used_as_weight(node) if node.op == "call_function" else None
+        if isinstance(weight, fx.Node) and weight.target is operator.getitem:
+            weight = _stored(model, weight)
+        if isinstance(weight, fx.Node) and weight.op == "get_attr":
+            parameter = attribute(model, str(weight.target))
+            if node.target in _CONVOLUTION:
+                layers: Any = TRANSPOSED if node.args[_TRANSPOSED_FLAG] else CONVOLUTIONS
+                kinds[id(parameter)] = layers[parameter.ndim - 3]
+            else:
+                kinds[id(parameter)] = _FUNCTIONS.get(node.target, nn.Linear)
     return kinds
+
+
+def _used_as_weight(node: fx.Node) -> Any:
+    """What a function takes as the weight of a layer."""
+    target: Any = node.target
+    if target in _FUNCTIONS or target in _CONVOLUTION:
+        position = 0 if target is _ATEN.embedding.default else 1
+        return node.args[position] if len(node.args) > position else node.kwargs.get("weight")
+    # A recurrent layer is products with transposed weights too.
+    if target in _PRODUCTS and ".rnn." not in layer_of(node)[1]:
+        matrix: Any = node.args[_PRODUCTS[target]]
+        while matrix.target in _EXPANSIONS:
+            matrix = matrix.args[0]
+        return matrix.args[0] if matrix.target in _TRANSPOSITIONS else None
+    return None
 
 
 def _stored(model: nn.Module, item: Any) -> Any:

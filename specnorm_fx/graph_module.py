@@ -1,14 +1,17 @@
 """SpectralNormGraphModule: what `transform` returns, a GraphModule that keeps the model's whole state."""
 
+import pickle
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
 from specnorm_fx import checkpoint, reference
 from specnorm_fx.config import SpectralNormConfig
+from specnorm_fx.exported import fixed_layers
 from specnorm_fx.module import SpectralNorm
 
 __all__ = [
@@ -63,7 +66,8 @@ class SpectralNormGraphModule(fx.GraphModule):
        hand uses its stored weight, and its forward hooks do not fire;
     2. all of that, and the class itself, survives ``deepcopy`` and ``pickle``;
     3. ``load_state_dict`` reads every layout of `specnorm_fx.convert_state_dict`; where u and v are
-       not in the checkpoint they converge to the loaded weight.
+       not in the checkpoint they converge to the loaded weight;
+    4. ``train`` and ``eval`` refuse a mode that the graph cannot follow, see `train`.
 
     Args:
         root: Module tree to keep; its objects are taken over, not copied.
@@ -81,6 +85,28 @@ class SpectralNormGraphModule(fx.GraphModule):
         self._non_persistent_buffers_set = set(root._non_persistent_buffers_set) | constants
         for name, value in vars(root).items():
             self.__dict__.setdefault(name, value)
+
+    def train(self, mode: bool = True) -> "SpectralNormGraphModule":
+        """As in ``nn.Module``, for layers that the graph calls as modules, and for spectral norm.
+
+        Args:
+            mode: Training or eval.
+
+        Raises:
+            RuntimeError: ``torch.export`` has fixed layers (dropout, batch norm) in the other mode.
+        """
+        if mode != self.training:
+            fixed = fixed_layers(self.graph, training=not mode)
+            if fixed:
+                here, there = ("eval", "training") if mode else ("training", "eval")
+                raise RuntimeError(
+                    f"{type(self).__name__} cannot go to {there} mode: torch.export has fixed "
+                    f"{', '.join(map(repr, fixed))} in {here} mode. Capture the model in {there} mode too, "
+                    f"transform(model.{'train' if mode else 'eval'}(), example_inputs=...), and load this "
+                    f"state_dict into it."
+                )
+        super().train(mode)
+        return self
 
     def sites(self) -> list[Site]:
         """The normalised weights, in the order of the graph."""
@@ -114,6 +140,12 @@ class SpectralNormGraphModule(fx.GraphModule):
         return lambda copy, root, graph: SpectralNormGraphModule.__init__(copy, root, graph, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        for node in self.graph.nodes:
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                raise pickle.PicklingError(
+                    f"{type(self).__name__} cannot be pickled: its graph calls torch's {node.target}, which "
+                    f"torch.fx cannot read back. Save its state_dict."
+                )
         _, (body, imports) = super().__reduce__()
         return _rebuild, (body, imports, type(self).__name__)
 

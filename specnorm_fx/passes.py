@@ -4,8 +4,9 @@ import copy
 import itertools
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from specnorm_fx import capture, reference
 from specnorm_fx.adopt import TorchSN, find_torch_sn, read_stripped_
 from specnorm_fx.capture import CONVOLUTIONS, TRANSPOSED, Weight
 from specnorm_fx.config import Select, Selectable, Selection, SpectralNormConfig
+from specnorm_fx.exported import fixed_layers, tidy_
 from specnorm_fx.graph_module import SpectralNormGraphModule, attribute, owner_of, spectral_norm_node
 from specnorm_fx.module import SpectralNorm
 
@@ -29,7 +31,7 @@ DEFAULT_KINDS = (nn.Linear, *CONVOLUTIONS)
 
 
 def transform(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     select: Select = None,
     *,
     n_power_iterations: int = 1,
@@ -38,6 +40,8 @@ def transform(
     update: str = "forward",
     order: str = "uv",
     implementation: str = "auto",
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
     **unknown: Any,
 ) -> SpectralNormGraphModule:
     """Normalise weights of a model by their spectral norm, in a graph.
@@ -53,9 +57,10 @@ def transform(
     weights.
 
     Args:
-        model: A model that ``torch.fx.symbolic_trace`` can follow, or any ``fx.GraphModule`` (that of
-            ``torch.export.export(...).module()`` too). A model that carries torch's spectral norm,
-            either API, continues with its u, v and options.
+        model: A model that ``torch.fx.symbolic_trace`` can follow, or any model with ``example_inputs``;
+            a ``fx.GraphModule``; an ``ExportedProgram`` or its ``.module()``, decomposed or not. A model
+            that carries torch's spectral norm, either API, continues with its u, v and options. Programs do
+            not know their mode: what they become starts in training mode.
         select: What to normalise: a module type or a tuple of types; a glob on the FQN of a module or
             weight (``"blocks.*"``) or ``"re:..."``; a callable ``(module, fqn) -> bool``; a list of
             these; or a mapping from these to `SpectralNormConfig` or ``None`` (skip), of which the
@@ -68,17 +73,25 @@ def transform(
         update: As there.
         order: As there.
         implementation: As there.
+        example_inputs: Given, ``torch.export`` makes the graph from them: one tensor, a tuple of positional
+            arguments or a dict of keyword arguments. It follows control flow that symbolic trace cannot,
+            and fixes more: the graph takes these arguments and no others, of these shapes (an
+            ``AssertionError`` otherwise) but for ``dynamic_shapes``, and dropout and batch norm stay in the
+            mode of ``model``, so that ``train()`` or ``eval()`` raises if it would have to change them.
+        dynamic_shapes: As in ``torch.export.export``: which dimensions of the inputs are free.
         **unknown: Anything else is refused.
 
     Returns:
         The transformed model. A model on which nothing is left to do comes back as it is.
 
     Raises:
-        TypeError: An unknown option, a ``select`` of no supported form, or a model of no supported kind.
-        ValueError: A pattern that matches nothing, nothing to normalise, an option out of range, or a
-            weight that cannot be normalised (lazy, meta, quantized, sparse, NaN or inf).
+        TypeError: An unknown option, a ``select`` of no supported form, a model of no supported kind, or
+            ``example_inputs`` that the forward does not take.
+        ValueError: A pattern that matches nothing, nothing to normalise, an option out of range, a weight
+            that cannot be normalised (lazy, meta, quantized, sparse, NaN or inf), or ``example_inputs`` for
+            a model that is a graph already.
         IndexError: ``dim`` is out of range for a weight.
-        TraceError: Symbolic trace cannot follow the model.
+        TraceError: Symbolic trace cannot follow the model. What ``torch.export`` raises comes as it is.
     """
     options = {
         "n_power_iterations": n_power_iterations,
@@ -89,8 +102,14 @@ def transform(
         "implementation": implementation,
     }
     rewrite = SpectralNormPass(select, **options, **unknown)
+    trace = capture.symbolic_trace
+    if example_inputs is not None:
+        trace = partial(capture.export_trace, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+    _check_capture(model, example_inputs, dynamic_shapes)
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
     _check_supported(model)
-    transformed: SpectralNormGraphModule = rewrite.rewrite(model).graph_module
+    transformed: SpectralNormGraphModule = rewrite.rewrite(model, trace).graph_module
     return transformed
 
 
@@ -108,8 +127,10 @@ class SpectralNormPass(PassBase):
     The pass does not modify its input: go on with ``PassResult.graph_module``. ``modified`` is False,
     and the module the one that came in, when every selected weight was normalised before.
 
-    Order: before passes that fuse or fold weights (conv + batch norm fusion, quantization), since what
-    they fold would no longer be ``W / sigma``.
+    Order: before passes that fuse or fold weights (conv + batch norm fusion, quantization), or sigma is
+    taken of what they have folded. After passes that return a new ``fx.GraphModule`` (torch's ``CSEPass``):
+    it computes the same, but `sigmas`, `update_` and `freeze` do not know it.
+    ``this_before_that_pass_constraint`` states both.
 
     Args:
         select: As in `transform`.
@@ -129,8 +150,10 @@ class SpectralNormPass(PassBase):
         """Run the pass; see the class. Raises what `transform` raises."""
         return self.rewrite(graph_module)
 
-    def rewrite(self, model: nn.Module) -> PassResult:
-        """As `call`, for a model that has not been traced yet as well."""
+    def rewrite(
+        self, model: nn.Module, trace: Callable[[nn.Module], fx.Graph] = capture.symbolic_trace
+    ) -> PassResult:
+        """As `call`, for a model that has not been traced yet as well: ``trace`` makes its graph."""
         # 1. A copy of the structure that shares the tensors: whatever fails below, `model` is whole.
         root = capture.share(model)
 
@@ -141,9 +164,10 @@ class SpectralNormPass(PassBase):
         graph: Any
         if isinstance(root, fx.GraphModule):
             graph = root.graph
+            tidy_(graph, root)
             read_stripped_(graph, adopted.values())
         else:
-            graph = capture.symbolic_trace(root)
+            graph = trace(root)
         weights = capture.find_weights(root, graph)
 
         # 4. Those to normalise that are not normalised yet.
@@ -164,6 +188,10 @@ class SpectralNormPass(PassBase):
 
         # 6. Every use of each weight goes through the one call.
         route_(gm, [(weight.fqn, config) for weight, config in chosen])
+        for mode, where in ((True, "training"), (False, "eval")):
+            fixed = fixed_layers(graph, mode)
+            if fixed:
+                logger.warning("torch.export has fixed these layers in %s mode: %s", where, ", ".join(fixed))
         return PassResult(gm, True)
 
     def _adopt_(self, root: nn.Module) -> dict[str, TorchSN]:
@@ -250,6 +278,7 @@ def route_(gm: SpectralNormGraphModule, weights: Sequence[tuple[str, SpectralNor
         for other in others:
             other.replace_all_uses_with(first)
             graph.erase_node(other)
+        first.target = fqn  # a tied weight goes by its first name, beside which u and v stand
         stored.append(first)
     first_operation = next(n for n in graph.nodes if n.op != "placeholder" and n not in stored)
     with graph.inserting_before(first_operation):
@@ -356,13 +385,22 @@ def _resolved(weight: Weight, config: SpectralNormConfig) -> SpectralNormConfig:
     return replace(config, dim=dim % ndim)
 
 
+def _check_capture(model: Any, example_inputs: Any, dynamic_shapes: Any) -> None:
+    """Refuse options of a capture where there is none."""
+    if example_inputs is None and dynamic_shapes is not None:
+        raise ValueError("dynamic_shapes belongs to example_inputs, which must be given with it.")
+    if example_inputs is not None and isinstance(model, fx.GraphModule | torch.export.ExportedProgram):
+        raise ValueError(
+            f"{type(model).__name__} is a graph already, and example_inputs are for a model that is still to "
+            f"be captured: leave them out."
+        )
+
+
 def _check_supported(model: Any) -> None:
     """Refuse what is no plain model or GraphModule, and say what to pass instead."""
     kind = type(model).__name__
-    if isinstance(model, torch.export.ExportedProgram):
-        raise TypeError(f"transform takes a module, got an {kind}: pass its .module().")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"transform takes a torch.nn.Module, got {kind}.")
+        raise TypeError(f"transform takes a torch.nn.Module or an ExportedProgram, got {kind}.")
     inner = [fqn for fqn, m in model.named_modules() if fqn and isinstance(m, SpectralNormGraphModule)]
     if inner:
         raise TypeError(

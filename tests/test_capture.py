@@ -47,7 +47,7 @@ def test_control_flow_on_values_names_the_line_and_the_module():
     assert "test_capture.py" in message
     assert "if t % 3 != 0:" in message
     assert "torch.fx.wrap" in message
-    assert "specnorm_fx.transform(torch.export.export(model, args).module())" in message
+    assert "specnorm_fx.transform(model, example_inputs=...)" in message
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
 
 
@@ -55,7 +55,7 @@ def test_both_ways_out_work():
     x = torch.randn(2, 1, 16)
     model = PeriodPad()
     torch.manual_seed(1)
-    exported = transform(torch.export.export(model, (x,)).module())
+    exported = transform(model, example_inputs=x)
     wrapped_model = WrappedPad()
     wrapped_model.load_state_dict(model.state_dict())
     torch.manual_seed(1)

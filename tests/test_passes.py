@@ -9,7 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx.passes.infra.pass_manager import PassManager
+from torch.fx.experimental.optimization import fuse
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_manager import PassManager, this_before_that_pass_constraint
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -268,7 +271,7 @@ def test_exported_layers_are_recognised(case):
     assert [site.config for site in exported.sites()] == [site.config for site in transform(model).sites()]
 
 
-class _Relu6(specnorm_fx.passes.PassBase):
+class _Relu6(PassBase):
     """Someone else's pass."""
 
     def call(self, graph_module):
@@ -276,7 +279,7 @@ class _Relu6(specnorm_fx.passes.PassBase):
         for node in found:
             node.target, node.kwargs = F.relu6, {}
         graph_module.recompile()
-        return fx.passes.infra.pass_base.PassResult(graph_module, bool(found))
+        return PassResult(graph_module, bool(found))
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -288,6 +291,55 @@ def test_in_a_pass_manager(first):
     assert {site.fqn for site in result.graph_module.sites()} == {"conv1.weight", "conv2.weight"}
     assert "relu6" in result.graph_module.code
     assert not manager(result.graph_module).modified
+
+
+class _Repeats(nn.Module):
+    """Computes one thing twice, before batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        nn.init.uniform_(self.norm.weight)
+
+    def forward(self, x):
+        return self.norm(self.conv(torch.relu(x) + torch.relu(x)))
+
+
+def _fuse(graph_module):
+    """Conv + batch norm fusion, as a pass."""
+    return PassResult(fuse(graph_module, no_trace=True), True)
+
+
+def _run(model, *passes, constraints=None):
+    torch.manual_seed(1)
+    return PassManager(list(passes), constraints)(fx.symbolic_trace(model)).graph_module
+
+
+def test_next_to_torchs_own_passes():
+    model, x = _Repeats().eval(), torch.randn(2, 3, 6, 6)
+    ours, cse = SpectralNormPass(), CSEPass()
+    alone = _run(model, ours)
+
+    before, after = _run(model, cse, ours), _run(model, ours, cse)
+    for gm in (before, after):
+        assert torch.equal(gm(x), alone(x))
+        assert len(gm.graph.find_nodes(op="call_function", target=torch.relu)) == 1
+        assert counts(gm)["SpectralNorm"] == 1
+    # What CSEPass makes is a plain GraphModule, so it comes first where ours is wanted in the end.
+    assert specnorm_fx.sigmas(before)
+    with pytest.raises(TypeError, match="holds no transformed model"):
+        specnorm_fx.sigmas(after)
+
+    # Fusion afterwards leaves W / sigma alone; before, it would change what sigma is taken of.
+    assert torch.equal(_run(model, ours, _fuse)(x), alone(x))
+    assert not torch.allclose(_run(model, _fuse, ours)(x), alone(x), rtol=0.01)
+
+    # Constraints put them in order.
+    order = [this_before_that_pass_constraint(cse, ours), this_before_that_pass_constraint(ours, _fuse)]
+    sorted_out = _run(model, _fuse, ours, cse, constraints=order)
+    assert torch.equal(sorted_out(x), alone(x))
+    assert len(sorted_out.graph.find_nodes(op="call_function", target=torch.relu)) == 1
 
 
 # --- selection, through transform (the forms are in test_config) ---
@@ -316,6 +368,20 @@ def test_mapping_gives_each_weight_its_options():
 def test_the_other_name_of_a_tied_weight_selects_it():
     (site,) = transform(Tied(), "decoder").sites()
     assert site.names == ("encoder.weight", "decoder.weight")
+
+
+def test_a_tied_weight_goes_by_its_first_name_whichever_is_used_first():
+    class DecoderFirst(Tied):
+        def forward(self, x):
+            return self.encoder(F.relu(self.decoder(x)))
+
+    gm = transform(DecoderFirst())
+    (site,) = gm.sites()
+    assert site.fqn == "encoder.weight"
+    assert site.names == ("encoder.weight", "decoder.weight")
+    (node, *_), *_ = gm.graph.find_nodes(op="call_module", target="spectral_norm")[0].args
+    assert node.target == "encoder.weight"
+    gm.load_state_dict(DecoderFirst().state_dict())
 
 
 def test_dim_is_resolved():
@@ -479,13 +545,9 @@ def test_refuses_a_name_that_is_taken():
 @pytest.mark.parametrize(
     ("model", "match"),
     [
-        (lambda: torch.relu, "transform takes a torch.nn.Module, got"),
+        (lambda: torch.relu, "transform takes a torch.nn.Module or an ExportedProgram, got"),
         (lambda: torch.compile(nn.Linear(2, 2)), "transform comes before OptimizedModule"),
         (lambda: nn.DataParallel(nn.Linear(2, 2)), "transform comes before DataParallel"),
-        (
-            lambda: torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)),
-            r"got an ExportedProgram: pass its .module\(\)",
-        ),
     ],
 )
 def test_refuses_other_kinds_of_model(model, match):
