@@ -27,15 +27,14 @@ CAPTURED = pytest.mark.parametrize(
 )
 
 
-def captured(case, capture, model, **options):
-    """The model transformed in the mode it is in, by way of a capture."""
-    training = model.training
+def captured(case, capture, model, select=None, **options):
+    """The model transformed, by way of a capture, for any batch size."""
     if capture == "export":
-        batch = torch.export.Dim("batch")
         with torch.random.fork_rng(devices=[]):  # whichever the capture, u and v start from the same seed
             args = case.inputs()
-        model = torch.export.export(model, args, dynamic_shapes=tuple({0: batch} for _ in args)).module()
-    return transform(model, "*", **options).train(training)
+        batch = torch.export.Dim("batch")
+        options |= {"example_inputs": args, "dynamic_shapes": tuple({0: batch} for _ in args)}
+    return transform(model, select, **options)
 
 
 def outputs(model, batch):
@@ -60,7 +59,7 @@ def test_symbolic_trace_refuses_the_others(case):
 @parametrize([a for a in ARCHITECTURES if a not in BY_EXPORT])
 def test_export_refuses_the_others(case):
     with pytest.raises(RuntimeError, match="data-dependent"):
-        captured(case, "export", case.build())
+        captured(case, "export", case.build(), "*")
 
 
 @parametrize([a for a in ARCHITECTURES if a not in BY_EXPORT])
@@ -113,7 +112,7 @@ def test_training_is_torchs_bit_for_bit(case, capture):
     torch.manual_seed(1)
     theirs = with_torch_sn(twin)
     torch.manual_seed(1)
-    ours = captured(case, capture, model, implementation="reference")
+    ours = captured(case, capture, model, "*", implementation="reference")
     assert [site.fqn for site in ours.sites()] == [f"{layer}.weight" for layer in layers(model)]
     optimizers = [torch.optim.Adam(m.parameters(), 1e-3, betas=(0.0, 0.9)) for m in (theirs, ours)]
     for _ in range(5):
@@ -129,30 +128,16 @@ def test_training_is_torchs_bit_for_bit(case, capture):
 
 
 @pytest.mark.parametrize("sn", [torch_sn, hook_sn])
-@parametrize(BY_TRACE)
-def test_adopted_frozen_and_loaded_into_the_plain_class(case, sn):
+@CAPTURED
+def test_adopted_frozen_and_loaded_into_the_plain_class(case, capture, sn):
     theirs = with_torch_sn(case.build(), sn)
-    gm = transform(theirs, implementation="reference")
+    if capture == "export":  # which fixes the mode of batch norm
+        theirs.eval()
+    gm = captured(case, capture, theirs, implementation="reference")
     assert [site.fqn for site in gm.sites()] == [f"{layer}.weight" for layer in layers(case.make())]
-    batch = case.inputs()
+    batch = case.inputs(3)
     assert torch.equal(outputs(gm, batch), outputs(theirs, batch))
-    check_frozen(case, gm.eval())
-
-
-@parametrize(BY_EXPORT)
-def test_exported_it_loads_torchs_checkpoint_and_is_frozen(case):
-    theirs = with_torch_sn(case.build())
-    theirs(*case.inputs())
-    gm = captured(case, "export", case.make().eval(), implementation="reference")
-    gm.load_state_dict(theirs.state_dict())
-    batch = case.inputs(3)
-    assert torch.equal(outputs(gm, batch), outputs(theirs.eval(), batch))
-    check_frozen(case, gm)
-
-
-def check_frozen(case, gm):
-    batch = case.inputs(3)
-    want = outputs(gm, batch)
+    want = outputs(gm.eval(), batch)
     assert torch.equal(outputs(freeze(gm), batch), want)
     plain = case.make().eval()
     plain.load_state_dict(frozen_state_dict(gm), strict=True)
@@ -162,7 +147,7 @@ def check_frozen(case, gm):
 @pytest.mark.parametrize(("name", "capture"), [("transformer", "trace"), ("multi_period", "export")])
 def test_compiled_in_one_graph(name, capture):
     (case,) = (a for a in ARCHITECTURES if a.name == name)
-    gm = captured(case, capture, case.build())
+    gm = captured(case, capture, case.build(), "*")
     eager = copy.deepcopy(gm)
     compiled = torch.compile(gm, fullgraph=True)
     batch = case.inputs()
@@ -172,7 +157,7 @@ def test_compiled_in_one_graph(name, capture):
 
 @CAPTURED
 def test_onnx_with_any_batch_size(case, capture, tmp_path):
-    gm = captured(case, capture, case.build().eval())
+    gm = captured(case, capture, case.build().eval(), "*")
     report = specnorm_fx.onnx.export(gm, case.inputs(), tmp_path / "d.onnx", dynamic_batch=True)
     assert report.max_rel_error < report.rtol
     specnorm_fx.onnx.verify(tmp_path / "d.onnx", gm, [case.inputs(batch) for batch in (1, 9)])
