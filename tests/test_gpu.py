@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import spectral_norm as hook_sn
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 
 import specnorm_fx
 from specnorm_fx import freeze, transform
 from specnorm_fx.graph_module import spectral_norm_node
-from tests.models import LAYERS, MODELS, parametrize, relative_error
+from tests.models import LAYERS, MODELS, apply_torch_sn, parametrize, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -129,3 +130,49 @@ def test_launches_do_not_grow_with_the_layers():
             torch.cuda.synchronize()
         counts.append(sum(event.device_type.name == "CUDA" for event in profile.events()))
     assert counts[0] == counts[1] <= 6
+
+
+def with_torch_sn(case, sn):
+    model = apply_torch_sn(case.make(), case.weights, sn).cuda()
+    if hasattr(model, "dropout"):
+        model.dropout.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("sn", [torch_sn, hook_sn], ids=["parametrization", "hook"])
+@parametrize([case for case in MODELS if case.name in ("discriminator", "called_twice")])
+def test_backend_equals_eager_torch(case, sn, mode):
+    """By Inductor, with and without CUDA graphs; what comes near the truth is torch's own error."""
+    model = with_torch_sn(case, sn)
+    eager, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    compiled = torch.compile(model, backend=specnorm_fx.specnorm, mode=mode)
+    for _ in range(4):
+        x = case.inputs(4)[0].cuda()
+        outputs = []
+        for m, inputs in ((compiled, x), (eager, x), (exact, x.double())):
+            m.zero_grad()
+            output = m(inputs)
+            output.square().mean().backward()
+            outputs.append(output.detach().clone())
+        assert relative_error(outputs[0], outputs[2]) <= 2 * relative_error(outputs[1], outputs[2]) + 1e-6
+        grads = [[p.grad for p in m.parameters() if p.grad is not None] for m in (model, eager)]
+        scale = max(g.abs().max() for g in grads[1])
+        for a, b in zip(*grads, strict=True):
+            assert (a - b).abs().max() / scale < 1e-5
+        for a, b in zip(model.buffers(), eager.buffers(), strict=True):
+            assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_backend_under_autocast(dtype):
+    model = torch_sn(nn.Linear(64, 32)).cuda()
+    exact = copy.deepcopy(model).double()
+    compiled = torch.compile(model, backend=specnorm_fx.specnorm)
+    x = torch.randn(4, 64, device="cuda")
+    with torch.autocast("cuda", dtype=dtype):
+        y = compiled(x)
+    assert y.dtype == dtype
+    assert relative_error(y, exact(x.double())) < 4 * torch.finfo(dtype).eps
+    vectors = [m.parametrizations.weight[0]._u for m in (model, exact)]
+    assert relative_error(vectors[0], vectors[1]) < 1e-6
