@@ -1,5 +1,6 @@
 """specnorm_fx: spectral norm for PyTorch models as a graph pass."""
 
+from specnorm_fx import gradient_penalty as gradient_penalty
 from specnorm_fx import onnx as onnx
 from specnorm_fx.checkpoint import convert_state_dict as convert_state_dict
 from specnorm_fx.config import SpectralNormConfig as SpectralNormConfig
@@ -18,6 +19,7 @@ __all__ = [
     "convert_state_dict",
     "freeze",
     "frozen_state_dict",
+    "gradient_penalty",
     "onnx",
     "report",
     "sigmas",

@@ -36,6 +36,7 @@ def test_public_names():
         "convert_state_dict",
         "freeze",
         "frozen_state_dict",
+        "gradient_penalty",
         "onnx",
         "report",
         "sigmas",
