@@ -55,7 +55,8 @@ def markdown(results: dict[str, Any]) -> str:
     found = results["environment"]
     where = ", ".join(f"{name} {value}" for name, value in found.items() if name not in ("device", "date"))
     sections = [f"# {found['device']}, {found['date']}", f"{where}.", _sizes(models)]
-    for what, section in (("step", _step), ("sn", _sn), ("compile", _compile), ("memory", _memory)):
+    tables = {"step": _step, "sn": _sn, "penalty": _penalty, "compile": _compile, "memory": _memory}
+    for what, section in tables.items():
         measured = {name: model[what] for name, model in models.items() if what in model}
         if measured:
             sections += section(measured)
@@ -112,6 +113,23 @@ def _sn(measured: dict[str, Any]) -> list[str]:
     ]
 
 
+def _penalty(measured: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            name,
+            mode,
+            *(_time(entry[mode][v], "over_none" if mode == "eager" else "over_eager") for v in VARIANTS),
+        ]
+        for name, entry in measured.items()
+        for mode in _modes(entry)
+    ]
+    return [
+        "## Training step with gradient penalty (WGAN-GP), ms",
+        "Eager: how many times no SN. Other modes: how many times the same variant in eager mode.",
+        _table(["model", "mode", *LABELS.values()], rows),
+    ]
+
+
 def _compile(measured: dict[str, Any]) -> list[str]:
     rows = [
         [name, *(_time(entry[v], "over_none", 1.0) for v in VARIANTS), _time(entry["transform"], scale=1.0)]
@@ -141,8 +159,10 @@ def _memory(measured: dict[str, Any]) -> list[str]:
 def _kernels(models: dict[str, Any]) -> list[str]:
     rows = []
     for name, model in models.items():
-        step, sn = model.get("step", {}), model.get("sn", {})
-        rows += [[name, mode, "step", *(_counts(step[mode][v]) for v in VARIANTS)] for mode in _modes(step)]
+        for what in ("step", "penalty"):
+            step = model.get(what, {})
+            rows += [[name, mode, what, *(_counts(step[mode][v]) for v in VARIANTS)] for mode in _modes(step)]
+        sn = model.get("sn", {})
         rows += [
             [name, mode, f"SN {direction}", ABSENT, *(_counts(sn[mode][v][direction]) for v in VARIANTS[1:])]
             for mode in _modes(sn)

@@ -26,7 +26,7 @@ from fresh import in_fresh_process
 from measure import Series, count_kernels, failure, interleave
 from models import CASES, Case
 from torch import Tensor
-from variants import DIRECTIONS, MODES, VARIANTS, build, in_mode, normalization, training_step
+from variants import DIRECTIONS, MODES, VARIANTS, build, in_mode, normalization, penalty_step, training_step
 
 # Fresh large tensors would else come from the system page by page, and the page faults swamp every number:
 # 17 ms instead of 0.3 ms for a clone of SNGAN-32's weights. So: no mmap (a large MALLOC_MMAP_THRESHOLD_ would
@@ -41,6 +41,21 @@ PINNED_ALLOCATOR = {
 def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """A full training step: by mode and variant."""
     inputs = case.inputs(case.batch(args.device), args.device)
+    return _measure_steps(training_step, inputs, case, args)
+
+
+def measure_penalty(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """A training step with gradient penalty (WGAN-GP): by mode and variant."""
+    real, *labels = case.inputs(case.batch(args.device), args.device)
+    return _measure_steps(penalty_step, (real, torch.randn_like(real), *labels), case, args)
+
+
+def _measure_steps(
+    make: Callable[..., Callable[..., None]],
+    inputs: tuple[Tensor, ...],
+    case: Case,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
     calls = {}
     for variant in VARIANTS:
         # All modes train one model, so that memory holds it once; each has its turn.
@@ -48,13 +63,14 @@ def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         # The optimizer computes each step and then goes none of it: no variant drifts to numbers of its own.
         optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.0, 0.9))
         for mode in args.modes:
-            step = training_step(model, mode, optimizer)
+            step = make(model, mode, optimizer)
             calls[mode, variant] = lambda step=step: step(*inputs)
     series = interleave(calls, args.device, args.repetitions, args.seconds)
 
     def entry(mode: str, variant: str) -> dict[str, Any]:
         mine, none, theirs = (series[mode, v] for v in (variant, "none", "torch"))
-        summary = mine.summary(over_none=none, over_torch=theirs)
+        eager = series.get(("eager", variant), mine)
+        summary = mine.summary(over_none=none, over_torch=theirs, over_eager=eager)
         return summary | _kernels(mine, calls[mode, variant], args.device)
 
     return {mode: {variant: entry(mode, variant) for variant in VARIANTS} for mode in args.modes}
@@ -137,6 +153,7 @@ def measure_memory(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 MEASUREMENTS = {
     "step": measure_step,
     "sn": measure_sn,
+    "penalty": measure_penalty,
     "compile": measure_compile,
     "memory": measure_memory,
 }

@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from models import Case
@@ -10,9 +11,20 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
 import specnorm_fx
+from specnorm_fx import gradient_penalty
 from specnorm_fx.graph_module import SpectralNormGraphModule, owner_of, spectral_norm_node
 
-__all__ = ["DIRECTIONS", "LABELS", "MODES", "VARIANTS", "build", "in_mode", "normalization", "training_step"]
+__all__ = [
+    "DIRECTIONS",
+    "LABELS",
+    "MODES",
+    "VARIANTS",
+    "build",
+    "in_mode",
+    "normalization",
+    "penalty_step",
+    "training_step",
+]
 
 LABELS = {
     "none": "no SN",
@@ -86,9 +98,45 @@ def training_step(model: nn.Module, mode: str, optimizer: torch.optim.Optimizer)
         To be called with the inputs.
     """
     run = in_mode(model, mode)
+    return _step(lambda *inputs: loss(run(*inputs)), optimizer)
 
+
+def penalty_step(model: nn.Module, mode: str, optimizer: torch.optim.Optimizer) -> Callable[..., None]:
+    """A WGAN-GP step: three forwards, the gradient of one of them, backward and optimizer step.
+
+    Compiled is all of it up to the loss.
+
+    Args:
+        model: From `build`.
+        mode: One of `MODES`.
+        optimizer: Steps the model's parameters.
+
+    Returns:
+        To be called with real and generated samples, and the labels, if there are any.
+    """
+    return _step(in_mode(_own_code_(_PenaltyLoss(model)), mode), optimizer)
+
+
+class _PenaltyLoss(nn.Module):
+    """Wasserstein loss with gradient penalty; a module so that it can have code of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, real: Tensor, fake: Tensor, *labels: Tensor) -> Tensor:
+        penalty = gradient_penalty.wgan_gp(self.model, real, fake, *labels, score=_total)
+        return loss(self.model(real, *labels)) - loss(self.model(fake, *labels)) + 10 * penalty
+
+
+def _total(output: Tensor | list[Tensor]) -> Tensor:
+    scores = [output] if isinstance(output, Tensor) else output
+    return torch.stack([score.sum() for score in scores])
+
+
+def _step(losses: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Callable[..., None]:
     def step(*inputs: Tensor) -> None:
-        loss(run(*inputs)).backward()
+        losses(*inputs).backward()
         optimizer.step()
         # At the end and not at the head, which is the same in a loop: gradients of models that wait for
         # their turn would only take memory.

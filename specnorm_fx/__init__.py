@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from specnorm_fx import gradient_penalty as gradient_penalty
 from specnorm_fx import onnx as onnx
 from specnorm_fx.checkpoint import convert_state_dict as convert_state_dict
 from specnorm_fx.config import SpectralNormConfig as SpectralNormConfig
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "freeze",
     "frozen_state_dict",
+    "gradient_penalty",
     "onnx",
     "report",
     "sigmas",

@@ -23,8 +23,8 @@ def run(program, *arguments, **environment):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    arguments = ["--models", "mlp", "--only", "step", "sn", "--modes", "eager", "--quick", "--out", out]
-    printed = run("run.py", *arguments)
+    what = ["--only", "step", "sn", "penalty", "--modes", "eager"]
+    printed = run("run.py", "--models", "mlp", *what, "--quick", "--out", out)
     (path,) = out.glob("cpu-*.json")
     return printed, path
 
@@ -42,15 +42,17 @@ def test_measures_every_variant(measured):
     results = json.loads(path.read_text())
     model = results["models"]["mlp"]
     assert (model["parameters"], model["normalized_layers"]) == (335_617, 7)
-    step, sn = model["step"]["eager"], model["sn"]["eager"]
-    assert list(step) == ["none", "torch", "legacy", "ours"]
+    step, sn, penalty = (model[what]["eager"] for what in ("step", "sn", "penalty"))
+    assert list(step) == list(penalty) == ["none", "torch", "legacy", "ours"]
     for variant in ("torch", "legacy", "ours"):
         assert step[variant]["over_none"].keys() == {"median", "p20", "p80", "of_medians"}
+        assert penalty[variant]["over_none"].keys() == {"median", "p20", "p80", "of_medians"}
         for entry in sn[variant].values():
             assert {"samples", "over_copy"} <= entry.keys()  # no "fails"
-    # step: 4 times, 3 ratios to none, 3 to torch. sn: 6 times, 4 ratios to torch, 6 to the copy; the copy.
+    # step and penalty: 4 times, 3 ratios to none, 3 to torch, each. sn: 6 times, 4 ratios to torch, 6 to the
+    # copy; the copy.
     values = list(medians(model))
-    assert len(values) == 3 * (4 + 6 + 1) + 4 * (3 + 3 + 4 + 6)
+    assert len(values) == 3 * (2 * 4 + 6 + 1) + 4 * (2 * (3 + 3) + 4 + 6)
     assert min(values) > 0
 
 
@@ -78,6 +80,8 @@ def test_reports_of_another_machine_and_of_failures(measured, tmp_path):
     for entry in model["step"]["eager"].values():
         entry["launches"] = {"kernels": 41, "copies": 2, "launches": 43}
     model["step"]["eager"]["legacy"] = {"fails": "RuntimeError: modified"}
+    compiled = {v: {**entry, "over_eager": {"median": 0.5}} for v, entry in model["penalty"]["eager"].items()}
+    model["penalty"]["compiled"] = compiled
     path = tmp_path / "cuda.json"
     path.write_text(json.dumps(results))
     # A machine without matplotlib.
@@ -86,6 +90,7 @@ def test_reports_of_another_machine_and_of_failures(measured, tmp_path):
     printed = run("report.py", path, PYTHONPATH=os.pathsep.join([str(tmp_path), root]))
     assert "| mlp | eager | step | 41 + 2 [43] | 41 + 2 [43] | fails | 41 + 2 [43] |" in printed
     assert "- mlp / step / eager / legacy: RuntimeError: modified" in printed
+    assert printed.count(" x0.500 |") == 4
     assert "No matplotlib here" in printed
     assert not path.with_suffix(".png").exists()
 

@@ -190,9 +190,11 @@ def test_exports_with_buffer_mutations():
     assert set(exported.graph_signature.buffers_to_mutate.values()) == {"lin.weight_u", "lin.weight_v"}
 
 
-def test_gradient_penalty_in_one_compiled_step():
-    """Where double backward through a compiled module is refused by PyTorch; with update="step"."""
-    gm = transform(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double(), update="step")
+@pytest.mark.parametrize(("update", "backend"), [("step", "inductor"), ("forward", "aot_eager")])
+def test_torch_func_in_one_compiled_step(update, backend):
+    """A gradient penalty by hand; in training mode u and v are written through the transformation."""
+    gm = transform(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double(), update=update)
+    eager = copy.deepcopy(gm)
     buffers = dict(gm.named_buffers())
     parameters = {name: p.detach() for name, p in gm.named_parameters()}
     x = torch.randn(5, 4, dtype=torch.float64)
@@ -203,11 +205,12 @@ def test_gradient_penalty_in_one_compiled_step():
 
         return (torch.func.grad(score)(x).norm(dim=1) - 1).square().mean()
 
-    got = torch.compile(torch.func.grad(penalty), fullgraph=True)(parameters)
+    got = torch.compile(torch.func.grad(penalty), backend=backend, fullgraph=True)(parameters)
 
     leaf = x.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(gm(leaf).sum(), leaf, create_graph=True)
+    (slope,) = torch.autograd.grad(eager(leaf).sum(), leaf, create_graph=True)
     (slope.norm(dim=1) - 1).square().mean().backward()
-    for name, parameter in gm.named_parameters():
+    for name, parameter in eager.named_parameters():
         if parameter.grad is not None:  # the last bias has no part in the slope
             assert relative_error(got[name], parameter.grad) < 1e-13, name
+    assert close(vectors(gm), vectors(eager), torch.float64)

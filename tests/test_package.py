@@ -38,6 +38,7 @@ def test_public_names():
         "explain",
         "freeze",
         "frozen_state_dict",
+        "gradient_penalty",
         "onnx",
         "report",
         "sigmas",

@@ -1,5 +1,6 @@
-"""The README's code runs, and the forwards it prints are the real ones."""
+"""The code in the README and in docs/ runs, and the forwards the README prints are the real ones."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -12,21 +13,33 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def run(name):
+    """What the code blocks of a document define, run in order."""
+    names = {}
+    for number, code in enumerate(blocks((ROOT / name).read_text(), "python")):
+        exec(compile(code, f"{name}, block {number}", "exec"), names)
+    torch._dynamo.reset()
+    return names
 
 
 @pytest.fixture(scope="module")
 def namespace(tmp_path_factory):
-    """What the README's code blocks define, run in order."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("readme"))
-        names = {}
-        for number, code in enumerate(blocks("python")):
-            exec(compile(code, f"README.md, block {number}", "exec"), names)
+        names = run("README.md")
         assert Path("critic.onnx").is_file()
-    torch._dynamo.reset()
     return names
+
+
+def test_the_page_on_gradient_penalties_runs(monkeypatch):
+    # Without Inductor, which takes long and which tests/test_gradient_penalty.py has.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    names = run("docs/gradient_penalty.md")
+    assert all(p.isfinite().all() for p in names["critic"].parameters())
 
 
 def printed(code):
@@ -36,9 +49,18 @@ def printed(code):
 
 
 def test_the_printed_forwards_are_real(namespace):
-    before, after = blocks("text")
+    before, after = blocks(README, "text")
     assert printed(torch.fx.symbolic_trace(namespace["Critic"]()).code) == before
     assert printed(namespace["normalized"].code) == after
+
+
+def test_the_loss_with_a_penalty_is_one_graph(namespace):
+    # The README defines it only, and Inductor takes long.
+    loss = namespace["critic_loss"]._torchdynamo_orig_callable
+    got = torch.compile(loss, backend="aot_eager", fullgraph=True)(namespace["real"], namespace["fake"])
+    got.backward()
+    assert got.isfinite()
+    torch._dynamo.reset()
 
 
 def test_every_file_is_listed_and_exists():
