@@ -73,7 +73,7 @@ def first_compile(case: Case, variant: str, mode: str, device: str) -> dict[str,
     # clock starts: they belong to no model.
     x = torch.ones(64, device=device, requires_grad=True)
     torch.compile(lambda x: (x.sin() + 1).sum())(x).backward()
-    measured["seconds"] = _seconds(lambda: loss(in_mode(model, mode)(*inputs)).backward(), device)
+    measured["seconds"] = _seconds(lambda: loss(in_mode(model, variant, mode)(*inputs)).backward(), device)
     return measured
 
 
@@ -96,7 +96,8 @@ def memory(case: Case, variant: str, mode: str, device: str) -> dict[str, Any]:
     """
     model = build(case, variant, device)
     inputs = case.inputs(case.batch(device), device)
-    step = training_step(model, mode, torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.0, 0.9)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.0, 0.9))
+    step = training_step(model, variant, mode, optimizer)
     for _ in range(WARM_UP):
         step(*inputs)
     gc.collect()

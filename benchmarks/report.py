@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from models import CASES
-from variants import DIRECTIONS, LABELS, MODES, VARIANTS
+from variants import DIRECTIONS, LABELS, MODES, VARIANTS, variants_in
 
 __all__ = ["markdown", "write"]
 
 ABSENT = "-"
+BACKEND = f"{LABELS['backend']} / {LABELS['ours']}"
 # Okabe and Ito's, which the colour-blind tell apart.
-COLORS = {"torch": "#E69F00", "legacy": "#999999", "ours": "#0072B2"}
+COLORS = {"torch": "#E69F00", "legacy": "#999999", "ours": "#0072B2", "backend": "#56B4E9"}
 HATCHES = {"eager": "", "compiled": "//", "reduce-overhead": ".."}
 
 
@@ -81,14 +82,14 @@ def _sizes(models: dict[str, Any]) -> str:
 
 def _step(measured: dict[str, Any]) -> list[str]:
     rows = [
-        [name, mode, *(_time(step[mode][v], "over_none") for v in VARIANTS)]
+        [name, mode, *(_time(step[mode].get(v), "over_none") for v in VARIANTS), _backend(step[mode])]
         for name, step in measured.items()
         for mode in _modes(step)
     ]
     return [
         "## Full training step, ms",
         "Median [20, 80 percentile], and how many times no SN: the median of the ratios within a round.",
-        _table(["model", "mode", *LABELS.values()], rows),
+        _table(["model", "mode", *LABELS.values(), BACKEND], rows),
     ]
 
 
@@ -97,14 +98,15 @@ def _sn(measured: dict[str, Any]) -> list[str]:
     rows = [
         [
             *(name, mode, direction, _time(sn["copy"])),
-            *(_time(sn[mode][v][direction], "over_torch") for v in VARIANTS[1:]),
+            *(_time(sn[mode].get(v, {}).get(direction), "over_torch") for v in VARIANTS[1:]),
             _ratio(sn[mode]["ours"][direction], "over_copy"),
+            _ratio(sn[mode].get("backend", {}).get(direction, {}), "over_ours"),
         ]
         for name, sn in measured.items()
         for mode in _modes(sn)
         for direction in DIRECTIONS
     ]
-    header = ["model", "mode", "pass", "copy", *list(LABELS.values())[1:], f"{ours} / copy"]
+    header = ["model", "mode", "pass", "copy", *list(LABELS.values())[1:], f"{ours} / copy", BACKEND]
     return [
         "## Spectral norm alone, ms",
         "Of all normalised weights, and how many times torch SN. Copy: to clone these weights once, eagerly, "
@@ -118,7 +120,7 @@ def _penalty(measured: dict[str, Any]) -> list[str]:
         [
             name,
             mode,
-            *(_time(entry[mode][v], "over_none" if mode == "eager" else "over_eager") for v in VARIANTS),
+            *(_time(entry[mode].get(v), "over_none" if mode == "eager" else "over_eager") for v in VARIANTS),
         ]
         for name, entry in measured.items()
         for mode in _modes(entry)
@@ -145,7 +147,7 @@ def _compile(measured: dict[str, Any]) -> list[str]:
 
 def _memory(measured: dict[str, Any]) -> list[str]:
     rows = [
-        [name, mode, *(_bytes(entry[mode][v], entry[mode]["none"], v) for v in VARIANTS)]
+        [name, mode, *(_bytes(entry[mode].get(v), entry[mode]["none"], v) for v in VARIANTS)]
         for name, entry in measured.items()
         for mode in _modes(entry)
     ]
@@ -161,10 +163,15 @@ def _kernels(models: dict[str, Any]) -> list[str]:
     for name, model in models.items():
         for what in ("step", "penalty"):
             step = model.get(what, {})
-            rows += [[name, mode, what, *(_counts(step[mode][v]) for v in VARIANTS)] for mode in _modes(step)]
+            rows += [
+                [name, mode, what, *(_counts(step[mode].get(v)) for v in VARIANTS)] for mode in _modes(step)
+            ]
         sn = model.get("sn", {})
         rows += [
-            [name, mode, f"SN {direction}", ABSENT, *(_counts(sn[mode][v][direction]) for v in VARIANTS[1:])]
+            [
+                *(name, mode, f"SN {direction}", ABSENT),
+                *(_counts(sn[mode].get(v, {}).get(direction)) for v in VARIANTS[1:]),
+            ]
             for mode in _modes(sn)
             for direction in DIRECTIONS
         ]
@@ -179,7 +186,13 @@ def _modes(measured: dict[str, Any]) -> list[str]:
     return [mode for mode in MODES["cuda"] if mode in measured]
 
 
-def _time(entry: dict[str, Any], over: str = "", scale: float = 1000.0) -> str:
+def _backend(variants: dict[str, Any]) -> str:
+    return _ratio(variants.get("backend", {}), "over_ours")
+
+
+def _time(entry: dict[str, Any] | None, over: str = "", scale: float = 1000.0) -> str:
+    if entry is None:
+        return ABSENT
     if "fails" in entry:
         return "fails"
     median, p20, p80 = (_digits(scale * entry[key]) for key in ("median", "p20", "p80"))
@@ -196,7 +209,9 @@ def _digits(x: float) -> str:
     return f"{x:.{0 if x >= 100 else 1 if x >= 10 else 2 if x >= 1 else 3}f}"
 
 
-def _bytes(entry: dict[str, Any], none: dict[str, Any], variant: str) -> str:
+def _bytes(entry: dict[str, Any] | None, none: dict[str, Any], variant: str) -> str:
+    if entry is None:
+        return ABSENT
     if "fails" in entry:
         return "fails"
     if variant == "none":
@@ -204,7 +219,9 @@ def _bytes(entry: dict[str, Any], none: dict[str, Any], variant: str) -> str:
     return f"{(entry['bytes'] - none['bytes']) / 2**20:+,.1f}" if "fails" not in none else ABSENT
 
 
-def _counts(entry: dict[str, Any]) -> str:
+def _counts(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return ABSENT
     launches = entry.get("launches", {})
     if "fails" in entry or "fails" in launches:
         return "fails"
@@ -242,7 +259,7 @@ def _panels(models: dict[str, Any]) -> Iterator[_Panel]:
 
     for mode in measured("step"):
         bars = []
-        for variant in VARIANTS[1:]:
+        for variant in variants_in(mode)[1:]:
             added = [100 * (ratio - 1) for ratio in medians("step", mode, variant, "over_none")]
             bars.append((LABELS[variant], COLORS[variant], "", added))
         yield _Panel(f"training step, {mode}", "added to the step\nwithout SN, %", 0.0, "{:+.1f}", bars)

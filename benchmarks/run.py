@@ -1,4 +1,4 @@
-"""Measure what spectral norm costs in training: none, torch's, torch's old one, specnorm_fx's.
+"""Measure what spectral norm costs in training: none, torch's, torch's old one, specnorm_fx's in two ways.
 
     python benchmarks/run.py [--device cuda] [--models mlp sngan-32] [--only step sn] [--out DIR]
 
@@ -26,7 +26,17 @@ from fresh import in_fresh_process
 from measure import Series, count_kernels, failure, interleave
 from models import CASES, Case
 from torch import Tensor
-from variants import DIRECTIONS, MODES, VARIANTS, build, in_mode, normalization, penalty_step, training_step
+from variants import (
+    DIRECTIONS,
+    MODES,
+    VARIANTS,
+    build,
+    in_mode,
+    normalization,
+    penalty_step,
+    training_step,
+    variants_in,
+)
 
 # Fresh large tensors would else come from the system page by page, and the page faults swamp every number:
 # 17 ms instead of 0.3 ms for a clone of SNGAN-32's weights. So: no mmap (a large MALLOC_MMAP_THRESHOLD_ would
@@ -63,17 +73,18 @@ def _measure_steps(
         # The optimizer computes each step and then goes none of it: no variant drifts to numbers of its own.
         optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.0, 0.9))
         for mode in args.modes:
-            step = make(model, mode, optimizer)
-            calls[mode, variant] = lambda step=step: step(*inputs)
+            if variant in variants_in(mode):
+                step = make(model, variant, mode, optimizer)
+                calls[mode, variant] = lambda step=step: step(*inputs)
     series = interleave(calls, args.device, args.repetitions, args.seconds)
 
     def entry(mode: str, variant: str) -> dict[str, Any]:
-        mine, none, theirs = (series[mode, v] for v in (variant, "none", "torch"))
+        mine, none, theirs, ours = (series[mode, v] for v in (variant, "none", "torch", "ours"))
         eager = series.get(("eager", variant), mine)
-        summary = mine.summary(over_none=none, over_torch=theirs, over_eager=eager)
+        summary = mine.summary(over_none=none, over_torch=theirs, over_ours=ours, over_eager=eager)
         return summary | _kernels(mine, calls[mode, variant], args.device)
 
-    return {mode: {variant: entry(mode, variant) for variant in VARIANTS} for mode in args.modes}
+    return {mode: {variant: entry(mode, variant) for variant in variants_in(mode)} for mode in args.modes}
 
 
 def measure_sn(case: Case, args: argparse.Namespace) -> dict[str, Any]:
@@ -83,7 +94,9 @@ def measure_sn(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         module, weights = normalization(build(case, variant, args.device), variant)
         gradients = [torch.randn_like(weight) for weight in weights]
         for mode in args.modes:
-            run = in_mode(module, mode)
+            if variant not in variants_in(mode):
+                continue
+            run = in_mode(module, variant, mode)
             calls[mode, variant, "forward"] = run
             calls[mode, variant, "forward + backward"] = functools.partial(
                 _forward_backward, run, weights, gradients
@@ -93,12 +106,15 @@ def measure_sn(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     series = interleave(calls, args.device, args.repetitions, args.seconds)
 
     def entry(mode: str, variant: str, direction: str) -> dict[str, Any]:
-        mine, theirs = (series[mode, v, direction] for v in (variant, "torch"))
-        summary = mine.summary(over_torch=theirs, over_copy=series["copy"])
+        mine, theirs, ours = (series[mode, v, direction] for v in (variant, "torch", "ours"))
+        summary = mine.summary(over_torch=theirs, over_ours=ours, over_copy=series["copy"])
         return summary | _kernels(mine, calls[mode, variant, direction], args.device)
 
     by_mode = {
-        mode: {v: {direction: entry(mode, v, direction) for direction in DIRECTIONS} for v in VARIANTS[1:]}
+        mode: {
+            v: {direction: entry(mode, v, direction) for direction in DIRECTIONS}
+            for v in variants_in(mode)[1:]
+        }
         for mode in args.modes
     }
     copied = series["copy"].summary() | _kernels(series["copy"], calls["copy"], args.device)
@@ -145,7 +161,7 @@ def measure_compile(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 def measure_memory(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """The peak of memory in a step, each in a process of its own: by mode and variant."""
     return {
-        mode: {v: in_fresh_process("memory", case, v, mode, args.device) for v in VARIANTS}
+        mode: {v: in_fresh_process("memory", case, v, mode, args.device) for v in variants_in(mode)}
         for mode in args.modes
     }
 

@@ -1,4 +1,4 @@
-"""What is compared: a model without spectral norm, with torch's, with torch's old one, with specnorm_fx's."""
+"""What is compared: a model without spectral norm, with torch's, torch's old one, and ours in two ways."""
 
 import types
 from collections.abc import Callable
@@ -24,6 +24,7 @@ __all__ = [
     "normalization",
     "penalty_step",
     "training_step",
+    "variants_in",
 ]
 
 LABELS = {
@@ -31,11 +32,21 @@ LABELS = {
     "torch": "torch SN",
     "legacy": "legacy torch SN",
     "ours": "specnorm_fx",
+    "backend": "backend specnorm",  # torch SN as it is, fused where it is compiled
 }
 VARIANTS = tuple(LABELS)
 DIRECTIONS = ("forward", "forward + backward")  # of the spectral norm part alone
 # By device. The CPU has no launches that CUDA graphs, the idea of reduce-overhead, could save.
 MODES = {"cpu": ("eager", "compiled"), "cuda": ("eager", "compiled", "reduce-overhead")}
+
+
+def variants_in(mode: str) -> tuple[str, ...]:
+    """The variants that differ in a mode: in eager mode there is no backend.
+
+    Args:
+        mode: One of `MODES`.
+    """
+    return tuple(v for v in VARIANTS if mode != "eager" or v != "backend")
 
 
 def build(case: Case, variant: str, device: str) -> nn.Module:
@@ -59,22 +70,26 @@ def build(case: Case, variant: str, device: str) -> nn.Module:
         return transformed
     if variant == "none":
         return _own_code_(model)
-    apply = {"torch": parametrizations.spectral_norm, "legacy": legacy_spectral_norm}[variant]
+    apply = legacy_spectral_norm if variant == "legacy" else parametrizations.spectral_norm
     for site in transformed.sites():
         apply(*owner_of(model, site.fqn))
     return _own_code_(model)
 
 
-def in_mode(module: nn.Module, mode: str) -> Callable[..., object]:
+def in_mode(module: nn.Module, variant: str, mode: str) -> Callable[..., object]:
     """The module itself, or compiled.
 
     Args:
         module: From `build` or `normalization`.
+        variant: Its variant.
         mode: One of `MODES`.
     """
     if mode == "eager":
         return module
-    compiled = torch.compile(module, mode=None if mode == "compiled" else mode, dynamic=False)
+    backend = specnorm_fx.specnorm if variant == "backend" else "inductor"
+    compiled = torch.compile(
+        module, backend=backend, mode=None if mode == "compiled" else mode, dynamic=False
+    )
     if mode == "compiled":
         return compiled
 
@@ -86,35 +101,41 @@ def in_mode(module: nn.Module, mode: str) -> Callable[..., object]:
     return replay
 
 
-def training_step(model: nn.Module, mode: str, optimizer: torch.optim.Optimizer) -> Callable[..., None]:
+def training_step(
+    model: nn.Module, variant: str, mode: str, optimizer: torch.optim.Optimizer
+) -> Callable[..., None]:
     """Forward, backward and optimizer step of one batch; compiled is the model only.
 
     Args:
         model: From `build`.
+        variant: Its variant.
         mode: One of `MODES`.
         optimizer: Steps the model's parameters.
 
     Returns:
         To be called with the inputs.
     """
-    run = in_mode(model, mode)
+    run = in_mode(model, variant, mode)
     return _step(lambda *inputs: loss(run(*inputs)), optimizer)
 
 
-def penalty_step(model: nn.Module, mode: str, optimizer: torch.optim.Optimizer) -> Callable[..., None]:
+def penalty_step(
+    model: nn.Module, variant: str, mode: str, optimizer: torch.optim.Optimizer
+) -> Callable[..., None]:
     """A WGAN-GP step: three forwards, the gradient of one of them, backward and optimizer step.
 
     Compiled is all of it up to the loss.
 
     Args:
         model: From `build`.
+        variant: Its variant.
         mode: One of `MODES`.
         optimizer: Steps the model's parameters.
 
     Returns:
         To be called with real and generated samples, and the labels, if there are any.
     """
-    return _step(in_mode(_own_code_(_PenaltyLoss(model)), mode), optimizer)
+    return _step(in_mode(_own_code_(_PenaltyLoss(model)), variant, mode), optimizer)
 
 
 class _PenaltyLoss(nn.Module):
@@ -170,7 +191,7 @@ def normalization(model: nn.Module, variant: str) -> tuple[nn.Module, list[Tenso
     """
     if variant == "ours":
         return _head(model), [site.weight for site in model.sites()]
-    if variant == "torch":
+    if variant in ("torch", "backend"):
         layers = [m for m in model.modules() if nn.utils.parametrize.is_parametrized(m, "weight")]
         return _own_code_(_Parametrized(layers)), [m.parametrizations.weight.original for m in layers]
     layers = [m for m in model.modules() if hasattr(m, "weight_orig")]

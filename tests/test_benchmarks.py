@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,10 +50,10 @@ def test_measures_every_variant(measured):
         assert penalty[variant]["over_none"].keys() == {"median", "p20", "p80", "of_medians"}
         for entry in sn[variant].values():
             assert {"samples", "over_copy"} <= entry.keys()  # no "fails"
-    # step and penalty: 4 times, 3 ratios to none, 3 to torch, each. sn: 6 times, 4 ratios to torch, 6 to the
-    # copy; the copy.
+    # step and penalty: 4 times, 3 ratios each to none, torch and ours. sn: 6 times, 4 ratios to torch, 4 to
+    # ours, 6 to the copy; the copy.
     values = list(medians(model))
-    assert len(values) == 3 * (2 * 4 + 6 + 1) + 4 * (2 * (3 + 3) + 4 + 6)
+    assert len(values) == 3 * (2 * 4 + 6 + 1) + 4 * (2 * (3 + 3 + 3) + 4 + 4 + 6)
     assert min(values) > 0
 
 
@@ -80,6 +81,8 @@ def test_reports_of_another_machine_and_of_failures(measured, tmp_path):
     for entry in model["step"]["eager"].values():
         entry["launches"] = {"kernels": 41, "copies": 2, "launches": 43}
     model["step"]["eager"]["legacy"] = {"fails": "RuntimeError: modified"}
+    backend = model["step"]["eager"]["torch"] | {"over_ours": {"median": 1.03}}
+    model["step"]["compiled"] = model["step"]["eager"] | {"backend": backend}
     compiled = {v: {**entry, "over_eager": {"median": 0.5}} for v, entry in model["penalty"]["eager"].items()}
     model["penalty"]["compiled"] = compiled
     path = tmp_path / "cuda.json"
@@ -88,7 +91,8 @@ def test_reports_of_another_machine_and_of_failures(measured, tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     root = str(BENCHMARKS.parent)
     printed = run("report.py", path, PYTHONPATH=os.pathsep.join([str(tmp_path), root]))
-    assert "| mlp | eager | step | 41 + 2 [43] | 41 + 2 [43] | fails | 41 + 2 [43] |" in printed
+    assert "| mlp | eager | step | 41 + 2 [43] | 41 + 2 [43] | fails | 41 + 2 [43] | - |" in printed
+    assert re.search(r"\| mlp \| compiled \| .* \| 1.03 \|", printed)
     assert "- mlp / step / eager / legacy: RuntimeError: modified" in printed
     assert printed.count(" x0.500 |") == 4
     assert "No matplotlib here" in printed
