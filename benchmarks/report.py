@@ -134,7 +134,11 @@ def _penalty(measured: dict[str, Any]) -> list[str]:
 
 def _compile(measured: dict[str, Any]) -> list[str]:
     rows = [
-        [name, *(_time(entry[v], "over_none", 1.0) for v in VARIANTS), _time(entry["transform"], scale=1.0)]
+        [
+            name,
+            *(_time(entry.get(v), "over_none", 1.0) for v in VARIANTS),
+            _time(entry["transform"], scale=1.0),
+        ]
         for name, entry in measured.items()
     ]
     return [

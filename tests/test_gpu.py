@@ -9,7 +9,7 @@ from torch.nn.utils import spectral_norm as hook_sn
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 
 import specnorm_fx
-from specnorm_fx import freeze, transform
+from specnorm_fx import freeze, gradient_penalty, transform
 from specnorm_fx.graph_module import spectral_norm_node
 from tests.models import LAYERS, MODELS, apply_torch_sn, parametrize, relative_error
 
@@ -176,3 +176,26 @@ def test_backend_under_autocast(dtype):
     assert relative_error(y, exact(x.double())) < 4 * torch.finfo(dtype).eps
     vectors = [m.parametrizations.weight[0]._u for m in (model, exact)]
     assert relative_error(vectors[0], vectors[1]) < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@parametrize([case for case in MODELS if case.name == "labelled"])
+def test_gradient_penalty_in_a_compiled_step(case, mode):
+    """Against double backward in eager mode."""
+    gm = transform(case.make().cuda(), "*", update="step")
+
+    def loss(x, fake, label):
+        penalty, score = gradient_penalty.r1(gm, x, label, return_output=True)
+        return torch.relu(1 - score).mean() + torch.relu(1 + gm(fake, label)).mean() + 10 * penalty
+
+    compiled = torch.compile(loss, mode=mode, fullgraph=True)
+    for _ in range(3):
+        x, label = cuda(case.inputs(4))
+        gradients = []
+        for run in (loss, compiled):
+            gm.zero_grad()
+            run(x, x.flip(0), label).backward()
+            gradients.append([p.grad.clone() for p in gm.parameters()])
+        scale = max(g.abs().max() for g in gradients[0])
+        for a, b in zip(*gradients, strict=True):
+            assert (a - b).abs().max() / scale < 1e-5

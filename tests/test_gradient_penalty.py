@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn.utils import parametrizations
@@ -159,6 +160,20 @@ def test_one_graph_without_recompilation(name, penalty):
 @pytest.mark.parametrize("name", ["mlp_step", "labelled"])
 def test_one_graph_in_single_precision(name):
     check(name, "wgan_gp", torch.float32, "aot_eager")
+
+
+@pytest.mark.parametrize("name", ["mlp_torch_sn", "mlp_legacy_sn"])
+def test_torchs_spectral_norm_is_fused_in_the_step(name):
+    graphs = []
+
+    def keep(graph_module, inputs):
+        graphs.append(graph_module)
+        return lookup_backend("aot_eager")(graph_module, inputs)
+
+    backend = partial(specnorm_fx.specnorm, options={"inner": keep})
+    check(name, "wgan_gp", torch.float64, backend)
+    (calls,) = ([n for n in gm.graph.nodes if n.target is ops.normalize] for gm in graphs)
+    assert [len(call.args[0]) for call in calls] == [2, 2, 2]  # three forwards of two weights
 
 
 def test_inductor():
