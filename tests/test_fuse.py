@@ -123,9 +123,12 @@ def test_layers_in_training_and_eval(case, sn, options):
 # torch leaves the second user of a tied weight alone, and the hook does not fire for a weight in a function.
 @pytest.mark.parametrize(
     ("case", "sn"),
-    [(case, torch_sn) for case in MODELS if case.name != "tied"]
-    + [(case, hook_sn) for case in MODELS if case.name not in ("tied", "functional")],
-    ids=str,
+    [pytest.param(case, torch_sn, id=case.name) for case in MODELS if case.name != "tied"]
+    + [
+        pytest.param(case, hook_sn, id=f"{case.name}-hook")
+        for case in MODELS
+        if case.name not in ("tied", "functional")
+    ],
 )
 def test_models(case, sn):
     model = with_sn(case, sn)
