@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specnorm_fx import ops, reference
 
@@ -217,7 +218,7 @@ def _find(graph: fx.Graph, implementation: str) -> tuple[list[_Match], dict[fx.N
     passed: dict[fx.Node, str] = {}
     updated_by: dict[fx.Node, _Match] = {}  # u and v after the last iteration of a match
     for node in graph.nodes:
-        if not (_calls(node, torch.dot, torch.vdot) and _calls(node.args[1], torch.mv)):
+        if not (_calls_plainly(node, torch.dot, torch.vdot) and _calls_plainly(node.args[1], torch.mv)):
             continue
         try:
             match = _match(node, updated_by, order, divides=implementation == "auto")
@@ -269,7 +270,7 @@ def _match(
         u, v = previous.u, previous.v
 
     users = list(sigma.users)
-    is_quotient = len(users) == 1 and _calls(users[0], operator.truediv, torch.div)
+    is_quotient = len(users) == 1 and _calls_plainly(users[0], operator.truediv, torch.div)
     is_quotient = is_quotient and users[0].args == (weight, sigma)
     if not is_quotient and not updates:
         raise _NoMatchError("its sigma is not used for W / sigma, or not for that alone")
@@ -537,6 +538,11 @@ def _calls(node: Any, *functions: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in functions
 
 
+def _calls_plainly(node: Any, *functions: Any) -> bool:
+    """Without ``out``, a rounding mode or the like."""
+    return _calls(node, *functions) and not node.kwargs
+
+
 def _is_method(node: Any, *names: str) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_method" and node.target in names
 
@@ -550,7 +556,7 @@ def _is_update(node: Any) -> bool:
     return (
         _calls(node, F.normalize)
         and len(node.args) == 1
-        and _calls(node.args[0], torch.mv)
+        and _calls_plainly(node.args[0], torch.mv)
         and isinstance(node.kwargs.get("out"), fx.Node)
         and node.kwargs.get("dim") == 0
         and node.kwargs.get("p", 2) == 2
@@ -582,9 +588,11 @@ def _number(x: Any) -> float:
 
 
 def _storage(node: fx.Node) -> int | None:
-    """What two nodes have in common that share memory; None for what has none, and inside torch.func."""
+    """What two nodes have in common that share memory; None for wrapped tensors (torch.func, DTensor)."""
     value = node.meta.get("example_value")
     if not isinstance(value, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return None
+    if is_traceable_wrapper_subclass(value):
         return None
     try:
         return int(value.untyped_storage()._cdata)

@@ -4,12 +4,15 @@ import copy
 import logging
 import operator
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import spectral_norm as hook_sn
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from specnorm_fx import fuse, ops
@@ -276,6 +279,54 @@ def test_several_calls_in_one_graph(function, calls):
     assert len(backend.calls(ops.normalize)) == calls
 
 
+# PyTorch 2.13, where it captures a part of the model alone.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 2), st.booleans(), st.sampled_from(["", "no_grad", "autocast", "clip", "read"])
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_any_order_of_calls_modes_and_regions(program):
+    """What moves may pass neither what it depends on nor what depends on it."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.ModuleList(
+        [
+            torch_sn(nn.Linear(4, 4)),
+            torch_sn(nn.Linear(4, 4), n_power_iterations=2),
+            hook_sn(nn.Linear(4, 4)),
+        ]
+    ).double()
+
+    def run(model, x):
+        for index, training, around in program:
+            layer = model[index]
+            # Backward through the old hook fails in eager torch where eval comes before training.
+            layer.train(training or index == 2)
+            if around == "no_grad":
+                with torch.no_grad():
+                    x = x + layer(x)
+            elif around == "autocast":
+                with torch.autocast("cpu", dtype=torch.bfloat16):  # of no effect on float64
+                    x = layer(x)
+            elif around == "clip":
+                with torch.no_grad():
+                    layer.bias.clamp_(-0.1, 0.1)
+                x = layer(x)
+            elif around == "read":
+                x = layer(x) + next(iter(layer.buffers())).sum()
+            else:
+                x = layer(x)
+        return x
+
+    compare(model, run, (torch.randn(3, 4, dtype=torch.float64),), steps=2)
+
+
 # PyTorch 2.13, when it goes on after a graph break.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @APIS
@@ -403,6 +454,13 @@ def differentiate_u(model, x):
     return F.linear(x, weight / torch.dot(u, torch.mv(weight, v)))
 
 
+def round_down(model, x):
+    weight = model.parametrizations.weight.original
+    vectors = model.parametrizations.weight[0]
+    sigma = torch.dot(vectors._u, torch.mv(weight, vectors._v))
+    return F.linear(x, torch.div(weight, sigma, rounding_mode="floor"))
+
+
 def other_matrix(model, x):
     weight = model.parametrizations.weight.original
     vectors = model.parametrizations.weight[0]
@@ -416,6 +474,7 @@ def other_matrix(model, x):
         (read_u, "u is read by sum_1 as well"),
         (use_sigma, "its sigma is not used for W / sigma, or not for that alone"),
         (differentiate_u, "gradient flows through u or v"),
+        (round_down, "its sigma is not used for W / sigma"),
         (other_matrix, "its sigma is not used for W / sigma"),
     ],
 )
@@ -430,6 +489,18 @@ def test_what_is_not_fused_is_right_all_the_same(function, reason, caplog):
         torch._dynamo.reset()
         compare(model, function, (torch.randn(5, 6, dtype=torch.float64),))
         assert len(caplog.records) == once
+
+
+def test_wrapped_weights_pass_through():
+    """DTensor, say: the operator has no rule for what a wrapper keeps inside."""
+    model = torch_sn(nn.Linear(4, 4)).eval()
+    original = model.parametrizations.weight.original
+    model.parametrizations.weight.original = nn.Parameter(TwoTensor(original.detach(), original.detach()))
+    backend = Fusing()
+    x = torch.randn(2, 4)
+    got, want = torch.compile(model, backend=backend)(x), model(x)
+    assert torch.equal(got.a, want.a)
+    assert backend.reasons() == {"weight": "the weight is not an ordinary tensor in this graph"}
 
 
 def test_complex_weights_pass_through():
