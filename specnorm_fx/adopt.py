@@ -17,7 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as _Hook
 
 from specnorm_fx.config import SpectralNormConfig
 
-__all__ = ["TorchSN", "find_torch_sn", "read_stripped_"]
+__all__ = ["TorchSN", "find_exported_sn", "find_torch_sn", "read_stripped_"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,28 @@ def find_torch_sn(model: nn.Module) -> dict[str, TorchSN]:
     """
     found = [sn for fqn, module in model.named_modules() for sn in _on_module(fqn, module)]
     return {sn.fqn: sn for sn in found}
+
+
+def find_exported_sn(model: nn.Module) -> list[str]:
+    """The weights whose torch spectral norm ``torch.export`` has spread out into operations of the graph.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        FQNs, by the names that parameters and buffers have kept. There is no module left to take it from.
+    """
+    buffers = dict(model.named_buffers())
+    found = []
+    for name, _ in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        module, _, weight = owner.rpartition(".")
+        if last == "original" and f"{owner}.0._u" in buffers:
+            found.append(f"{module.removesuffix('parametrizations')}{weight}")
+        elif last.endswith("_orig") and f"{name.removesuffix('_orig')}_u" in buffers:
+            found.append(name.removesuffix("_orig"))
+    known = find_torch_sn(model)
+    return [fqn for fqn in found if fqn not in known]
 
 
 def _on_module(fqn: str, module: nn.Module) -> Iterator[TorchSN]:

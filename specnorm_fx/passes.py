@@ -15,7 +15,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn.parameter import is_lazy
 
 from specnorm_fx import capture, reference
-from specnorm_fx.adopt import TorchSN, find_torch_sn, read_stripped_
+from specnorm_fx.adopt import TorchSN, find_exported_sn, find_torch_sn, read_stripped_
 from specnorm_fx.capture import CONVOLUTIONS, TRANSPOSED, Weight
 from specnorm_fx.config import Select, Selectable, Selection, SpectralNormConfig
 from specnorm_fx.exported import fixed_layers, tidy_
@@ -88,8 +88,8 @@ def transform(
         TypeError: An unknown option, a ``select`` of no supported form, a model of no supported kind, or
             ``example_inputs`` that the forward does not take.
         ValueError: A pattern that matches nothing, nothing to normalise, an option out of range, a weight
-            that cannot be normalised (lazy, meta, quantized, sparse, NaN or inf), or ``example_inputs`` for
-            a model that is a graph already.
+            that cannot be normalised (lazy, meta, quantized, sparse, NaN or inf), ``example_inputs`` for a
+            model that is a graph already, or torch's spectral norm in a program from ``torch.export``.
         IndexError: ``dim`` is out of range for a weight.
         TraceError: Symbolic trace cannot follow the model. What ``torch.export`` raises comes as it is.
     """
@@ -161,6 +161,7 @@ class SpectralNormPass(PassBase):
         adopted = self._adopt_(root)
 
         # 3. The graph, and the weights that it uses.
+        self._refuse_exported(root)
         graph: Any
         if isinstance(root, fx.GraphModule):
             graph = root.graph
@@ -202,6 +203,15 @@ class SpectralNormPass(PassBase):
         for sn in found.values():
             sn.strip_()
         return found
+
+    def _refuse_exported(self, root: nn.Module) -> None:
+        exported = find_exported_sn(root)
+        if exported and self.selection is None:
+            raise ValueError(
+                f"{', '.join(exported)} carries torch's spectral norm, which torch.export has spread out "
+                f"into operations, so that it cannot be taken over: transform the model itself, "
+                f"transform(model, example_inputs=...). Or select what is to be normalised beside it."
+            )
 
     def _rule_config(self, weight: Selectable) -> SpectralNormConfig | None:
         rule = self.selection.rule_for(weight) if self.selection is not None else None

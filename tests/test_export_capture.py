@@ -206,6 +206,23 @@ def test_adopts_torch_spectral_norm(sn):
     assert same(ours.eval()(x), theirs.eval()(x))
 
 
+# torch 2.13 about its old hook.
+@pytest.mark.filterwarnings(
+    "ignore:The tensor attribute self.0.0.weight was assigned during export:UserWarning"
+)
+@pytest.mark.parametrize("sn", [torch_sn, hook_sn])
+def test_a_program_of_a_model_with_torchs_spectral_norm_is_refused(sn):
+    """It is in there as operations; normalising the other weights instead would be a surprise."""
+    model, x = nn.Sequential(nn.Sequential(sn(nn.Linear(4, 8))), nn.Linear(8, 1)), torch.randn(2, 4)
+    program = torch.export.export(model.eval(), (x,))
+    with pytest.raises(ValueError, match=r"^0\.0\.weight carries torch's.*transform\(model, example_inputs"):
+        transform(program)
+    beside = transform(program, "1")
+    assert [site.fqn for site in beside.sites()] == ["1.weight"]
+    # Seen as a module, it is taken over.
+    assert [site.fqn for site in transform(torch.fx.symbolic_trace(model)).sites()] == ["0.0.weight"]
+
+
 class Noisy(nn.Module):
     """Operations without an input of the graph: noise, a constant, an update of a buffer."""
 
