@@ -155,9 +155,10 @@ def test_compiled_in_one_graph(name, capture):
     torch._dynamo.reset()
 
 
-@CAPTURED
-def test_onnx_with_any_batch_size(case, capture, tmp_path):
-    gm = captured(case, capture, case.build().eval(), "*")
+@parametrize([a for a in ARCHITECTURES if a in BY_EXPORT])
+def test_onnx_with_any_batch_size(case, tmp_path):
+    """By trace where that works, else by torch.export."""
+    gm = captured(case, case.captures[0], case.build().eval(), "*")
     report = specnorm_fx.onnx.export(gm, case.inputs(), tmp_path / "d.onnx", dynamic_batch=True)
     assert report.max_rel_error < report.rtol
     specnorm_fx.onnx.verify(tmp_path / "d.onnx", gm, [case.inputs(batch) for batch in (1, 9)])
