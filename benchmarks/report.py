@@ -82,7 +82,12 @@ def _sizes(models: dict[str, Any]) -> str:
 
 def _step(measured: dict[str, Any]) -> list[str]:
     rows = [
-        [name, mode, *(_time(step[mode].get(v), "over_none") for v in VARIANTS), _backend(step[mode])]
+        [
+            name,
+            mode,
+            *(_time(step[mode].get(v), "over_none") for v in VARIANTS),
+            _ratio(step[mode].get("backend"), "over_ours"),
+        ]
         for name, step in measured.items()
         for mode in _modes(step)
     ]
@@ -100,7 +105,7 @@ def _sn(measured: dict[str, Any]) -> list[str]:
             *(name, mode, direction, _time(sn["copy"])),
             *(_time(sn[mode].get(v, {}).get(direction), "over_torch") for v in VARIANTS[1:]),
             _ratio(sn[mode]["ours"][direction], "over_copy"),
-            _ratio(sn[mode].get("backend", {}).get(direction, {}), "over_ours"),
+            _ratio(sn[mode].get("backend", {}).get(direction), "over_ours"),
         ]
         for name, sn in measured.items()
         for mode in _modes(sn)
@@ -190,10 +195,6 @@ def _modes(measured: dict[str, Any]) -> list[str]:
     return [mode for mode in MODES["cuda"] if mode in measured]
 
 
-def _backend(variants: dict[str, Any]) -> str:
-    return _ratio(variants.get("backend", {}), "over_ours")
-
-
 def _time(entry: dict[str, Any] | None, over: str = "", scale: float = 1000.0) -> str:
     if entry is None:
         return ABSENT
@@ -204,8 +205,8 @@ def _time(entry: dict[str, Any] | None, over: str = "", scale: float = 1000.0) -
     return f"{median} [{p20}, {p80}]{ratio}"
 
 
-def _ratio(entry: dict[str, Any], over: str) -> str:
-    return _digits(entry[over]["median"]) if over in entry else ABSENT
+def _ratio(entry: dict[str, Any] | None, over: str) -> str:
+    return _digits(entry[over]["median"]) if entry is not None and over in entry else ABSENT
 
 
 def _digits(x: float) -> str:

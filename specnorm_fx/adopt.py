@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm as _Parametrization
 from torch.nn.utils.spectral_norm import SpectralNorm as _Hook
 
+from specnorm_fx import checkpoint
 from specnorm_fx.config import SpectralNormConfig
 
 __all__ = ["TorchSN", "find_exported_sn", "find_torch_sn", "read_stripped_"]
@@ -128,17 +129,10 @@ def find_exported_sn(model: nn.Module) -> list[str]:
     Returns:
         FQNs, by the names that parameters and buffers have kept. There is no module left to take it from.
     """
-    buffers = dict(model.named_buffers())
-    found = []
-    for name, _ in model.named_parameters():
-        owner, _, last = name.rpartition(".")
-        module, _, weight = owner.rpartition(".")
-        if last == "original" and f"{owner}.0._u" in buffers:
-            found.append(f"{module.removesuffix('parametrizations')}{weight}")
-        elif last.endswith("_orig") and f"{name.removesuffix('_orig')}_u" in buffers:
-            found.append(name.removesuffix("_orig"))
+    names = dict(model.named_parameters()) | dict(model.named_buffers())
     known = find_torch_sn(model)
-    return [fqn for fqn in found if fqn not in known]
+    weights = checkpoint.find_weights(names)
+    return [fqn for fqn, keys in weights if keys.weight != fqn and fqn not in known]
 
 
 def _on_module(fqn: str, module: nn.Module) -> Iterator[TorchSN]:

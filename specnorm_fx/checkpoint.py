@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "Keys", "adapt_", "convert_state_dict", "keys_of"]
+__all__ = ["LAYOUTS", "Keys", "adapt_", "convert_state_dict", "find_weights", "fqn_of", "keys_of"]
 
 LAYOUTS = ("specnorm_fx", "parametrizations", "hook", "plain")
 
@@ -57,6 +57,23 @@ def keys_of(fqn: str, layout: str) -> Keys:
     raise ValueError(f"to must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}.")
 
 
+def fqn_of(key: str) -> tuple[str, str]:
+    """The inverse of `keys_of` for the weight.
+
+    Args:
+        key: Of a weight, in any layout.
+
+    Returns:
+        Its FQN, and ``"parametrizations"`` or ``"hook"``; ``"plain"`` where the key is the FQN.
+    """
+    head, middle, rest = key.rpartition("parametrizations.")
+    if middle and rest.endswith(".original"):
+        return head + rest.removesuffix(".original"), "parametrizations"
+    if key.endswith("_orig"):
+        return key.removesuffix("_orig"), "hook"
+    return key, "plain"
+
+
 def convert_state_dict(state_dict: Mapping[str, Any], *, to: str) -> "OrderedDict[str, Any]":
     """The same state under the key names of another layout.
 
@@ -78,7 +95,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], *, to: str) -> "OrderedDic
             or a weight of the oldest hook format, which has no v.
     """
     keys_of("", to)
-    found = dict(_find(state_dict))
+    found = dict(find_weights(state_dict))
     if not found and to != "plain":
         raise ValueError(
             f"The state dict holds no u and v, which the layout {to!r} needs. Load it into a transformed "
@@ -105,18 +122,21 @@ def convert_state_dict(state_dict: Mapping[str, Any], *, to: str) -> "OrderedDic
     return converted
 
 
-def _find(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Keys]]:
-    """The weights with spectral norm in a state dict: FQN and the keys they stand under."""
+def find_weights(state_dict: Mapping[str, Any]) -> Iterator[tuple[str, Keys]]:
+    """The weights with spectral norm in a state dict.
+
+    Args:
+        state_dict: Any layout; or parameters and buffers by name.
+
+    Yields:
+        The FQN, and the keys that the weight, u and v stand under.
+    """
     for key in state_dict:
-        head, middle, rest = key.rpartition("parametrizations.")
-        if middle and rest.endswith(".original"):
-            fqn, layout = head + rest.removesuffix(".original"), "parametrizations"
-        elif key.endswith("_orig"):
-            fqn, layout = key.removesuffix("_orig"), "hook"
-        elif key.endswith("_u") and f"{key.removesuffix('_u')}_orig" not in state_dict:
+        fqn, layout = fqn_of(key)
+        if layout == "plain":
+            if not key.endswith("_u") or f"{key.removesuffix('_u')}_orig" in state_dict:
+                continue
             fqn, layout = key.removesuffix("_u"), "specnorm_fx"
-        else:
-            continue
         keys = keys_of(fqn, layout)
         # The oldest hook format has u alone.
         has_v = keys.v in state_dict or layout == "hook"

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from specnorm_fx import ops, reference
+from specnorm_fx import checkpoint, ops, reference
 
 __all__ = ["Fused", "Passed", "fqn_in_source", "fuse_", "fuse_graph_"]
 
@@ -86,7 +86,7 @@ def fqn_in_source(node: fx.Node) -> str:
         return str(node.target)
     name = source.name() if callable(source.name) else source.name  # a method until torch 2.11
     fqn = ".".join(re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", name)) or name
-    return re.sub(r"(?:^|(?<=\.))parametrizations\.(\w+)\.original$", r"\1", fqn).removesuffix("_orig")
+    return checkpoint.fqn_of(fqn)[0]
 
 
 def fuse_(
@@ -136,7 +136,8 @@ def fuse_graph_(
     Returns:
         As `fuse_`.
     """
-    matches, refused = _find(graph, implementation)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    matches, refused, barriers = _find(graph, order, implementation)
     fused = [match.describe(name_of) for match in matches]
     passed = list({Passed(name_of(weight), why): None for weight, why in refused.items()})
     for use in fused:
@@ -144,7 +145,7 @@ def fuse_graph_(
     for entry in passed:
         _log_once(entry)
     renamed: dict[fx.Node, fx.Node] = {}
-    for first, batch in _batches(matches, graph):
+    for first, batch in _batches(matches, order, barriers):
         _replace_(graph, first, batch, renamed, implementation)
     for match in matches:
         _erase_(graph, match)
@@ -211,9 +212,10 @@ class _Match:
         return Fused(fqn, shape, self.iterations, self.dim, self.order, self.quotient is not None)
 
 
-def _find(graph: fx.Graph, implementation: str) -> tuple[list[_Match], dict[fx.Node, str]]:
-    """The matches, in order of the graph, and by the weight's origin why others are none."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
+def _find(
+    graph: fx.Graph, order: dict[fx.Node, int], implementation: str
+) -> tuple[list[_Match], dict[fx.Node, str], list[int]]:
+    """The matches, in order of the graph; by the weight's origin why others are none; changes of state."""
     matches: list[_Match] = []
     passed: dict[fx.Node, str] = {}
     updated_by: dict[fx.Node, _Match] = {}  # u and v after the last iteration of a match
@@ -229,11 +231,13 @@ def _find(graph: fx.Graph, implementation: str) -> tuple[list[_Match], dict[fx.N
             matches.append(match)
             updated_by |= dict.fromkeys(match.updates[-2:], match)
 
+    barriers: list[int] = []
     # What is refused is no longer known to be harmless to the others: until nothing is.
     while matches:
         others = _Others(graph, matches)
         refused = {match: why for match in matches if (why := others.objection(match, order))}
         if not refused:
+            barriers = [order[node] for node in others.barriers]
             break
         matches = [match for match in matches if match not in refused]
         passed |= {_origin(match.weight): why for match, why in refused.items()}
@@ -242,7 +246,7 @@ def _find(graph: fx.Graph, implementation: str) -> tuple[list[_Match], dict[fx.N
     for node in graph.nodes:
         if _is_update(node) and node not in replaced:
             passed.setdefault(_origin(node.args[0]), "its u and v are updated in a graph without its sigma")
-    return matches, passed
+    return matches, passed, barriers
 
 
 def _match(
@@ -400,6 +404,12 @@ class _Others:
         return None
 
 
+# Python's operators that write, as functions (iadd) and as methods (__iadd__).
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_BITWISE = ("and", "or", "xor", "lshift", "rshift")
+_IN_PLACE = frozenset({"setitem", *(f"i{name}" for name in _ARITHMETIC + _BITWISE)})
+
+
 def _may_write(node: fx.Node) -> bool:
     """Whether a node may change the tensors that it is given."""
     if "out" in node.kwargs or node.kwargs.get("inplace"):
@@ -409,21 +419,20 @@ def _may_write(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place_operators = ("setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "__iadd__")
-    return (name.endswith("_") and not name.endswith("__")) or name in in_place_operators
+    return (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _IN_PLACE
 
 
 # --- Rewriting ---
 
 
-def _batches(matches: list[_Match], graph: fx.Graph) -> list[tuple[fx.Node, list[_Match]]]:
+def _batches(
+    matches: list[_Match], order: dict[fx.Node, int], barriers: list[int]
+) -> list[tuple[fx.Node, list[_Match]]]:
     """What can run through one operator call, with the node before which that goes, in order of the graph.
 
     A match goes to the front, to the first match since the last change of state, if what it reads is known
     there; else a new row begins. Within a row, those that start from the u and v of others come later.
     """
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    barriers = [order[node] for node in _Others(graph, matches).barriers]
     rows: list[tuple[fx.Node, list[list[_Match]]]] = []
     for match in sorted(matches, key=lambda match: order[match.nodes[0]]):
         here = order[match.nodes[0]]

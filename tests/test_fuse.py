@@ -436,6 +436,12 @@ def clip(model, x):
     return model(x)
 
 
+def square(model, x):
+    with torch.no_grad():
+        model.parametrizations.weight.original **= 2
+    return model(x)
+
+
 def read_u(model, x):
     return model(x) + model.parametrizations.weight[0]._u.sum()
 
@@ -471,6 +477,7 @@ def other_matrix(model, x):
     ("function", "reason"),
     [
         (clip, "the weight is changed in place by clamp_"),
+        (square, "the weight is changed in place by"),
         (read_u, "u is read by sum_1 as well"),
         (use_sigma, "its sigma is not used for W / sigma, or not for that alone"),
         (differentiate_u, "gradient flows through u or v"),
