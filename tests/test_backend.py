@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 import specnorm_fx
 from specnorm_fx import FuseSpectralNorm, ops
 from tests.models import Block, apply_torch_sn, case_named, relative_error
+from tests.ranks import run_ranks
 
 APIS = pytest.mark.parametrize("sn", [torch_sn, hook_sn], ids=["parametrization", "hook"])
 
@@ -193,10 +194,7 @@ class Net(nn.Module):
         return x
 
 
-def train_with_ddp(rank, folder, world_size):
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+def train_with_ddp(rank):
     results = {}
     for sn in (torch_sn, hook_sn):
         torch.manual_seed(0)
@@ -215,14 +213,12 @@ def train_with_ddp(rank, folder, world_size):
             if n.target in (ops.normalize, ops.power_iteration)
         ]
         results[sn.__module__] = (error, sum(len(node.args[0]) for node in ours))
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return results
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_ddp(tmp_path):
-    torch.multiprocessing.spawn(train_with_ddp, (str(tmp_path), 2), nprocs=2)
-    for rank in range(2):
-        for error, fused in torch.load(tmp_path / f"{rank}.pt").values():
+def test_ddp():
+    for results in run_ranks(train_with_ddp, 2):
+        for error, fused in results.values():
             assert error < 1e-12
             assert fused >= 4
