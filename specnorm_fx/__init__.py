@@ -14,6 +14,7 @@ from specnorm_fx.passes import transform as transform
 from specnorm_fx.report import report as report
 from specnorm_fx.report import sigmas as sigmas
 from specnorm_fx.update import update_ as update_
+from specnorm_fx.update import update_after as update_after
 from specnorm_fx.update import warm_up_ as warm_up_
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "specnorm",
     "transform",
     "update_",
+    "update_after",
     "warm_up_",
 ]
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from specnorm_fx import sharded
 from specnorm_fx.adopt import find_torch_sn
 from specnorm_fx.graph_module import SpectralNormGraphModule, owner_of, resolve, spectral_norm_node
 from specnorm_fx.passes import unroute_
@@ -21,8 +22,9 @@ def freeze(model: nn.Module) -> fx.GraphModule:
     Its outputs equal those of ``model`` in eval mode bit for bit.
 
     Args:
-        model: A transformed model in eval mode, also inside ``torch.compile`` or DDP. It is not changed,
-            and the copy shares nothing with it.
+        model: A transformed model in eval mode, also inside ``torch.compile``, DDP or FSDP2. It is not
+            changed, and the copy shares nothing with it. If it is sharded, all ranks must call this, and
+            each gets the whole copy.
 
     Returns:
         A GraphModule in eval mode; its ``state_dict()`` is `frozen_state_dict`.
@@ -47,11 +49,11 @@ def freeze(model: nn.Module) -> fx.GraphModule:
             f"{', '.join(left)} still carries torch's spectral norm, as it was left out of select. Select "
             f"it, or take it off before transform (remove_parametrizations, remove_spectral_norm)."
         )
-    sites = gm.sites()
+    frozen = _whole_copy(gm)
+    sites = frozen.sites()
     columns = ([getattr(site, name) for site in sites] for name in ("weight", "u", "v"))
     normalized = spectral_norm(*columns)
 
-    frozen: SpectralNormGraphModule = copy.deepcopy(gm)
     unroute_(frozen)
     for site, weight in zip(sites, normalized, strict=True):
         # One parameter under all names, so that a tied weight stays tied.
@@ -61,6 +63,50 @@ def freeze(model: nn.Module) -> fx.GraphModule:
         for suffix in ("_u", "_v"):
             delattr(*owner_of(frozen, site.fqn + suffix))
     return frozen
+
+
+def _whole_copy(gm: SpectralNormGraphModule) -> SpectralNormGraphModule:
+    """A deep copy that is nobody's shard: whole tensors, and nothing that torch.distributed has put on it.
+
+    FSDP2 makes the model's class one that cannot be copied, and leaves hooks on the modules inside.
+    """
+    memo: dict[int, Any] = {}
+    for module in gm.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in memo:
+                whole = sharded.full(parameter.detach()).clone()
+                memo[id(parameter)] = nn.Parameter(whole, parameter.requires_grad)
+        for buffer in module._buffers.values():
+            if buffer is not None and id(buffer) not in memo:
+                memo[id(buffer)] = sharded.full(buffer).clone()
+        for name, held in vars(module).items():  # hooks, and FSDP2's own state
+            if isinstance(held, OrderedDict) and name not in ("_parameters", "_buffers", "_modules"):
+                kept = {key: x for key, x in held.items() if not _is_of_torch_distributed(x)}
+                if len(kept) < len(held):
+                    memo[id(held)] = OrderedDict(kept)
+    root = nn.Module()
+    memo[id(gm)] = root  # a graph knows its module
+    body = copy.deepcopy(vars(gm), memo)
+    root.__dict__.update(body)
+    name = next(c.__name__ for c in type(gm).__mro__ if not _is_of_torch_distributed(c))
+    whole_copy = SpectralNormGraphModule(root, body["_graph"], name)
+    for kept_too in (
+        "_state_dict_hooks",
+        "_load_state_dict_pre_hooks",
+        "_load_state_dict_post_hooks",
+        "meta",
+    ):
+        vars(whole_copy)[kept_too] = body[kept_too]  # as in GraphModule's own deepcopy
+    for module in whole_copy.modules():
+        for flag in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):  # for Dynamo
+            vars(module).pop(flag, None)
+    return whole_copy
+
+
+def _is_of_torch_distributed(x: Any) -> bool:
+    """Of a hook, a class or an instance."""
+    x = getattr(x, "hook", x)  # torch wraps hooks that take the module
+    return str(getattr(x, "__module__", "")).startswith("torch.distributed")
 
 
 def frozen_state_dict(model: nn.Module) -> "OrderedDict[str, Any]":

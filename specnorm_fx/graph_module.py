@@ -1,7 +1,7 @@
 """SpectralNormGraphModule: what `transform` returns, a GraphModule that keeps the model's whole state."""
 
 import pickle
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
-from specnorm_fx import checkpoint, reference
+from specnorm_fx import checkpoint, reference, sharded
 from specnorm_fx.config import SpectralNormConfig
 from specnorm_fx.exported import fixed_layers
 from specnorm_fx.module import SpectralNorm
@@ -21,7 +21,9 @@ __all__ = [
     "owner_of",
     "parameter_names",
     "resolve",
+    "sites_of",
     "spectral_norm_node",
+    "transformed",
 ]
 
 
@@ -33,9 +35,9 @@ class Site:
         fqn: The parameter's FQN.
         names: All its FQNs, ``fqn`` first; more than one for a tied weight.
         config: Its options, ``dim`` resolved.
-        weight: The stored parameter, before division by sigma.
-        u: Its left vector ``[m]``, a buffer.
-        v: Its right vector ``[n]``, a buffer.
+        weight: The stored parameter, before division by sigma; a ``DTensor`` if it is sharded.
+        u: Its left vector ``[m]``, a buffer; whole on every rank.
+        v: Its right vector ``[n]``, likewise.
     """
 
     fqn: str
@@ -45,9 +47,9 @@ class Site:
     u: Tensor
     v: Tensor
 
-    def matrix(self) -> Tensor:
-        """The stored weight as in `reference.weight_matrix`, detached."""
-        return reference.weight_matrix(self.weight.detach(), self.config.dim or 0)
+    def matrix(self) -> Any:
+        """The stored weight, detached, as in `sharded.matrix`."""
+        return sharded.matrix(self.weight.detach(), self.config.dim or 0)
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """U and v in the dtype of `matrix`."""
@@ -108,18 +110,39 @@ class SpectralNormGraphModule(fx.GraphModule):
         super().train(mode)
         return self
 
+    def recompile(self) -> Any:
+        """As in ``fx.GraphModule``, after an edit of the graph."""
+        code = super().recompile()
+        # Written down, because Dynamo does not look into a graph, and update_ is to be compiled.
+        node = spectral_norm_node(self)
+        self._call = None if node is None else (node.target, [[n.target for n in arg] for arg in node.args])
+        return code
+
+    def call(self) -> tuple[SpectralNorm, list[Tensor], list[Tensor], list[Tensor]] | None:
+        """What the graph calls, and with what.
+
+        Returns:
+            The `SpectralNorm`, the stored weights, u and v; or None for a frozen model.
+        """
+        if self._call is None:
+            return None
+        target, columns = self._call
+        weights, us, vs = ([attribute(self, fqn) for fqn in column] for column in columns)
+        spectral_norm: Any = self.get_submodule(target)
+        return spectral_norm, weights, us, vs
+
     def sites(self) -> list[Site]:
         """The normalised weights, in the order of the graph."""
-        node = spectral_norm_node(self)
-        if node is None:
+        call = self.call()
+        if call is None or self._call is None:
             return []
-        configs: Any = self.get_submodule(node.target).configs
+        spectral_norm, *columns = call
         names = parameter_names(self)
-        found = []
-        for *nodes, config in zip(*node.args, configs, strict=True):
-            weight, u, v = (attribute(self, n.target) for n in nodes)
-            found.append(Site(nodes[0].target, names[id(weight)], config, weight, u, v))
-        return found
+        fqns = self._call[1][0]
+        return [
+            Site(fqn, names[id(weight)], config, weight, sharded.local(u), sharded.local(v))
+            for fqn, config, weight, u, v in zip(fqns, spectral_norm.configs, *columns, strict=True)
+        ]
 
     def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
         # At the root, before the children load: each of them sees only its own keys.
@@ -161,8 +184,8 @@ def _rebuild(body: dict[str, Any], imports: str, class_name: str) -> SpectralNor
 def _converged(site: Site, loaded: Tensor, loaded_u: Tensor | None) -> tuple[Tensor, Tensor]:
     if loaded.shape != site.weight.shape:
         return site.u, site.v  # PyTorch reports the weight
-    weight = loaded.detach().to(site.weight)
-    weight_mat = reference.weight_matrix(weight, site.config.dim or 0)
+    weight = loaded.detach().to(device=site.weight.device, dtype=site.weight.dtype)
+    weight_mat = sharded.matrix(weight, site.config.dim or 0)
     (u, v), order = site.vectors(), site.config.order
     if loaded_u is not None and loaded_u.shape == u.shape:
         u, order = loaded_u.to(u), "vu"  # the other order would start from v
@@ -220,25 +243,58 @@ def parameter_names(module: nn.Module) -> dict[int, tuple[str, ...]]:
     return names
 
 
-def resolve(model: nn.Module) -> SpectralNormGraphModule:
-    """The transformed model itself, also inside ``torch.compile``, DDP, AveragedModel or a parent.
+def transformed(model: nn.Module) -> dict[str, SpectralNormGraphModule]:
+    """The transformed models in a model: itself, inside ``torch.compile``, DDP, AveragedModel or a parent.
 
     Args:
-        model: The transformed model, or a module that holds it.
+        model: The transformed model, or a module that holds one or more.
+
+    Returns:
+        By the name of the module.
 
     Raises:
-        TypeError: ``model`` holds no transformed model, or more than one.
+        TypeError: There is none.
     """
-    found = list(_transformed(model))
-    if len(found) != 1:
-        what = "no transformed model" if not found else f"{len(found)} transformed models"
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    found = {name: module for name, module in modules if isinstance(module, SpectralNormGraphModule)}
+    if not found:
         raise TypeError(
-            f"{type(model).__name__} holds {what}, and this function works on one. "
-            f"specnorm_fx.transform(model) makes one."
+            f"{type(model).__name__} holds no transformed model. specnorm_fx.transform(model) makes one."
         )
-    return found[0]
+    return found
 
 
-def _transformed(model: Any) -> Iterator[SpectralNormGraphModule]:
-    if isinstance(model, nn.Module):
-        yield from (m for m in model.modules() if isinstance(m, SpectralNormGraphModule))
+def resolve(model: nn.Module) -> SpectralNormGraphModule:
+    """The one transformed model in a model.
+
+    Args:
+        model: As in `transformed`.
+
+    Raises:
+        TypeError: There is none, or more than one.
+    """
+    found = transformed(model)
+    if len(found) > 1:
+        raise TypeError(
+            f"{type(model).__name__} holds {len(found)} transformed models, and this function works on one: "
+            f"{', '.join(map(repr, found))}. Give it one after the other."
+        )
+    return next(iter(found.values()))
+
+
+def sites_of(model: nn.Module) -> dict[str, Site]:
+    """The normalised weights of all transformed models in a model.
+
+    Args:
+        model: As in `transformed`.
+
+    Returns:
+        By FQN: that in the transformed model, or, where there are several of them, that in ``model``.
+
+    Raises:
+        TypeError: As in `transformed`.
+    """
+    found = transformed(model)
+    # Several: none of them is the model itself, as they do not stand in each other.
+    prefixes = {name: f"{name}." if len(found) > 1 else "" for name in found}
+    return {prefixes[name] + site.fqn: site for name, gm in found.items() for site in gm.sites()}

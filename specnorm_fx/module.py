@@ -1,13 +1,14 @@
 """SpectralNorm: the leaf module in the graph that normalises all selected weights in one call."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch._compile import _disable_dynamo
 from torch.fx.proxy import TraceError
 
-from specnorm_fx import ops, reference
+from specnorm_fx import ops, reference, sharded
 from specnorm_fx.config import SpectralNormConfig
 
 __all__ = ["SpectralNorm"]
@@ -42,7 +43,7 @@ class SpectralNorm(nn.Module):
         Args:
             weights: Any shapes of at least two dimensions.
             us: u of each weight, ``[m]``; overwritten where the weight iterates.
-            vs: v of each weight, ``[n]``; likewise.
+            vs: v of each weight, ``[n]``; likewise. A sharded weight (``DTensor``) has them whole.
 
         Returns:
             The normalised weights, each with the shape and dtype of its weight.
@@ -56,70 +57,50 @@ class SpectralNorm(nn.Module):
                 "model is a GraphModule already; to trace it again, use a Tracer whose is_leaf_module is "
                 "true for specnorm_fx.module.SpectralNorm."
             )
+        iterates = [self.training and config.update == "forward" for config in self.configs]
         normalized: list[Any] = [None] * len(weights)
-        for group in ops.groups([weights[i] for i in self._auto]):
-            self._normalize_together_([self._auto[i] for i in group], weights, us, vs, normalized)
-        others = [i for i, result in enumerate(normalized) if result is None]
-        if others:
-            self._normalize_by_reference_(others, weights, us, vs, normalized)
+        for way, sites in self._ways(weights, range(len(weights))):
+            columns = _columns(sites, weights, us, vs)
+            options = self._options(sites, iterates)
+            *vectors, results = way.normalize(*columns, *options)
+            for i, result in zip(sites, results, strict=True):
+                normalized[i] = result
+            _store_(columns[1:], vectors, options[0])
         return normalized
 
-    def _normalize_together_(
-        self,
-        sites: list[int],
-        weights: list[Tensor],
-        us: list[Tensor],
-        vs: list[Tensor],
-        normalized: list[Any],
-    ) -> None:
-        """Sites of one device and dtype, in place in ``normalized``, u and v."""
-        counts, eps, dims, orders = self._options(sites)
-        stored = [us[i] for i in sites] + [vs[i] for i in sites]
-        vectors, _, results = ops.normalize(
-            [weights[i] for i in sites],
-            stored[: len(sites)],
-            stored[len(sites) :],
-            counts,
-            eps,
-            dims,
-            orders,
-        )
-        for i, result in zip(sites, results, strict=True):
-            normalized[i] = result
-        with torch.no_grad():
-            fresh = vectors.split([x.shape[0] for x in stored])
-            moved = [k for k, count in enumerate(counts + counts) if count]
-            if moved:
-                torch._foreach_copy_([stored[k] for k in moved], [fresh[k] for k in moved])
+    @torch.no_grad()
+    def update_(self, weights: list[Tensor], us: list[Tensor], vs: list[Tensor]) -> None:
+        """Power iterations of the weights with ``update="step"``, in any mode.
 
-    def _normalize_by_reference_(
-        self,
-        sites: list[int],
-        weights: list[Tensor],
-        us: list[Tensor],
-        vs: list[Tensor],
-        normalized: list[Any],
-    ) -> None:
-        """Any sites, by torch's operations in torch's order, likewise in place."""
-        counts, eps, dims, orders = self._options(sites)
-        old_us, old_vs = [us[i] for i in sites], [vs[i] for i in sites]
-        with torch.no_grad():
-            stored = [weights[i].detach() for i in sites]
-            # The graph goes on with these fresh tensors, never with the buffers: two forwards followed
-            # by one backward (D(real) - D(fake)) would find saved buffers overwritten.
-            new_us, new_vs = ops.singular_vectors(stored, old_us, old_vs, counts, eps, dims, orders)
-            for k, count in enumerate(counts):
-                if count:
-                    old_us[k].copy_(new_us[k])
-                    old_vs[k].copy_(new_vs[k])
-        for k, i in enumerate(sites):
-            normalized[i] = reference.normalized(weights[i], new_us[k], new_vs[k], eps[k], dims[k])
+        Args:
+            weights: As in `forward`.
+            us: As there; overwritten where the weight iterates.
+            vs: Likewise.
+        """
+        iterates = [config.update == "step" for config in self.configs]
+        due = [i for i, is_due in enumerate(iterates) if is_due]
+        for way, sites in self._ways(weights, due):
+            columns = _columns(sites, weights, us, vs)
+            options = self._options(sites, iterates)
+            detached = [weight.detach() for weight in columns[0]]
+            _store_(columns[1:], way.iterate(detached, *columns[1:], *options), options[0])
 
-    def _options(self, sites: list[int]) -> tuple[list[int], list[float], list[int], list[str]]:
+    def _ways(self, weights: list[Tensor], sites: Sequence[int]) -> list[tuple["_Way", list[int]]]:
+        """The sites by how they are computed, as many together as one call takes."""
+        spread = [i for i in sites if sharded.is_sharded(weights[i])]
+        auto = [i for i in sites if i in self._auto and i not in spread]
+        groups = [[auto[k] for k in group] for group in ops.groups([weights[i] for i in auto])]
+        taken = {i for group in (spread, *groups) for i in group}
+        others = [i for i in sites if i not in taken]
+        ways = [*((_TOGETHER, group) for group in groups), (_REFERENCE, others), (_SHARDED, spread)]
+        return [(way, group) for way, group in ways if group]
+
+    def _options(
+        self, sites: list[int], iterates: list[bool]
+    ) -> tuple[list[int], list[float], list[int], list[str]]:
         """n_power_iterations (0 where none is due), eps, dims and orders, as the operators take them."""
         configs = [self.configs[i] for i in sites]
-        due = [self.training and config.update == "forward" for config in configs]
-        counts = [c.n_power_iterations if is_due else 0 for c, is_due in zip(configs, due, strict=True)]
+        counts = [self.configs[i].n_power_iterations if iterates[i] else 0 for i in sites]
         eps = [float(self._eps[i]) for i in sites]
         return counts, eps, [config.dim or 0 for config in configs], [config.order for config in configs]
 
@@ -127,3 +108,93 @@ class SpectralNorm(nn.Module):
         """The number of weights and the distinct configurations."""
         distinct = dict.fromkeys(self.configs)
         return "\n".join([f"{len(self.configs)} weights", *map(str, distinct)])
+
+
+def _columns(
+    sites: list[int], weights: list[Tensor], us: list[Tensor], vs: list[Tensor]
+) -> list[list[Tensor]]:
+    """The weights, u and v of some sites."""
+    vectors = ([sharded.local(column[i]) for i in sites] for column in (us, vs))
+    return [[weights[i] for i in sites], *vectors]
+
+
+@torch.no_grad()
+def _store_(buffers: Sequence[list[Tensor]], vectors: Sequence[list[Tensor]], counts: list[int]) -> None:
+    """Overwrite u and v of the weights that iterate.
+
+    The graph goes on with the fresh tensors, never with the buffers: two forwards followed by one
+    backward (D(real) - D(fake)) would find saved buffers overwritten.
+    """
+    moved = [k for k, count in enumerate(counts + counts) if count]
+    if moved:
+        stored, fresh = [*buffers[0], *buffers[1]], [*vectors[0], *vectors[1]]
+        torch._foreach_copy_([stored[k] for k in moved], [fresh[k] for k in moved])
+
+
+# --- How sites are computed. Each takes (weights, us, vs, n, eps, dims, orders). ---
+
+
+class _Way(NamedTuple):
+    """``normalize`` gives new u, new v and the normalised weights; ``iterate`` u and v alone."""
+
+    normalize: Callable[..., tuple[list[Tensor], list[Tensor], list[Tensor]]]
+    iterate: Callable[..., tuple[list[Tensor], list[Tensor]]]
+
+
+def _normalize_together(*columns: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    vectors, _, normalized = ops.normalize(*columns, once=True)
+    return *_split(vectors, *columns[1:3]), normalized
+
+
+def _iterate_together(*columns: Any) -> tuple[list[Tensor], list[Tensor]]:
+    vectors, _ = ops.power_iteration(*columns)
+    return _split(vectors, *columns[1:3])
+
+
+def _split(vectors: Tensor, us: list[Tensor], vs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    with torch.no_grad():
+        parts = vectors.split([x.shape[0] for x in (*us, *vs)])
+    return list(parts[: len(us)]), list(parts[len(us) :])
+
+
+def _normalize_by_reference(
+    weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *options: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """By torch's operations in torch's order."""
+    _, eps, dims, _ = options
+    with torch.no_grad():
+        stored = [weight.detach() for weight in weights]
+        new_us, new_vs = ops.singular_vectors(stored, us, vs, *options, once=True)
+    sites = zip(weights, new_us, new_vs, eps, dims, strict=True)
+    return new_us, new_vs, [reference.normalized(*site) for site in sites]
+
+
+# Dynamo does not follow shards and collectives: the graph breaks here. (torch.compiler.disable would load
+# Dynamo with this package, which takes as long as torch itself.)
+@_disable_dynamo
+def _normalize_sharded(
+    weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *options: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    _, eps, dims, _ = options
+    new_us, new_vs = _iterate_sharded([weight.detach() for weight in weights], us, vs, *options)
+    sites = zip(weights, new_us, new_vs, eps, dims, strict=True)
+    return new_us, new_vs, [sharded.normalized(*site) for site in sites]
+
+
+@_disable_dynamo
+def _iterate_sharded(
+    weights: list[Tensor],
+    us: list[Tensor],
+    vs: list[Tensor],
+    n: list[int],
+    eps: list[float],
+    dims: list[int],
+    orders: list[str],
+) -> tuple[list[Tensor], list[Tensor]]:
+    matrices = [sharded.matrix(weight, dim) for weight, dim in zip(weights, dims, strict=True)]
+    return sharded.power_iteration(matrices, us, vs, n, eps, orders)
+
+
+_TOGETHER = _Way(_normalize_together, _iterate_together)
+_REFERENCE = _Way(_normalize_by_reference, ops.singular_vectors)
+_SHARDED = _Way(_normalize_sharded, _iterate_sharded)

@@ -35,11 +35,11 @@ __all__ = ["groups", "normalize", "power_iteration", "singular_vectors"]
 # The overload that the operators are. Compiled code is cached on disk by the names in its graph: whoever
 # changes what an operator takes, gives or saves for backward must change this, or users get the old
 # gradient with the new forward.
-REVISION = "r1"
+REVISION = "r2"
 
 ARGUMENTS = (
-    "(Tensor[] weights, Tensor[] us, Tensor[] vs, int[] n_power_iterations, float[] eps, int[] dims, "
-    "str[] orders)"
+    "Tensor[] weights, Tensor[] us, Tensor[] vs, int[] n_power_iterations, float[] eps, int[] dims, "
+    "str[] orders"
 )
 
 
@@ -90,7 +90,9 @@ def _normalize(
     eps: list[float],
     dims: list[int],
     orders: list[str],
+    once: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    _refuse_recompute(n, once)
     device = weights[0].device
     with reference.autocast_off(device.type):
         kernels = _kernels(weights)
@@ -148,9 +150,34 @@ def _gradients_by_kernel(
         return [gradient for gradient in gradients if gradient is not None]
 
 
-def _singular_vectors(*columns: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+def _singular_vectors(
+    weights: list[Tensor],
+    us: list[Tensor],
+    vs: list[Tensor],
+    n: list[int],
+    eps: list[float],
+    dims: list[int],
+    orders: list[str],
+    once: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    _refuse_recompute(n, once)
+    columns = (weights, us, vs, n, eps, dims, orders)
     pairs = [reference.singular_vectors(*site) for site in zip(*columns, strict=True)]
     return [u for u, _ in pairs], [v for _, v in pairs]
+
+
+def _refuse_recompute(n: list[int], once: bool) -> None:
+    """With ``once``, raise where a power iteration is due in the middle of a backward pass.
+
+    Here and not in the module, of which ``torch.compile`` leaves nothing but the operators.
+    """
+    if once and any(count > 0 for count in n) and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "A training forward with update='forward' runs within a backward pass, as activation "
+            "checkpointing makes it: u and v would move again, and the gradient be that of other weights "
+            "than the forward's. Use transform(model, update='step') and "
+            "specnorm_fx.update_after(optimizer, model)."
+        )
 
 
 def _laid_out(result: Tensor, weight: Tensor) -> Tensor:
@@ -229,11 +256,17 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, n: list[int], eps: list[float], dims: list[int], orders: list[str], *tensors: Tensor
+        ctx: Any,
+        n: list[int],
+        eps: list[float],
+        dims: list[int],
+        orders: list[str],
+        once: bool,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         size = len(eps)
         weights, us, vs = (list(tensors[i * size : (i + 1) * size]) for i in range(3))
-        vectors, sigmas, normalized = _normalize_forward(weights, us, vs, n, eps, dims, orders)
+        vectors, sigmas, normalized = _normalize_forward(weights, us, vs, n, eps, dims, orders, once)
         ctx.eps, ctx.dims = eps, dims
         ctx.mark_non_differentiable(vectors, sigmas)
         ctx.set_materialize_grads(False)
@@ -244,7 +277,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, _vectors: None, _sigmas: None, *grads: Tensor | None) -> tuple[Any, ...]:
         *saved, vectors, sigmas = ctx.saved_tensors
         weights, normalized = saved[: len(grads)], saved[len(grads) :]
-        needed = ctx.needs_input_grad[4 : 4 + len(weights)]
+        needed = ctx.needs_input_grad[5 : 5 + len(weights)]
         wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         if torch.is_grad_enabled() or _transformed(wanted):
             # create_graph, is_grads_batched or torch.func: by operations that can be transformed again.
@@ -252,7 +285,7 @@ class _Normalize(torch.autograd.Function):
         else:
             compact = iter(_normalize_backward(wanted, normalized, vectors, sigmas, ctx.eps, ctx.dims))
             gradients = [None if grad is None else next(compact) for grad in wanted]
-        return (None, None, None, None, *gradients, *[None] * (2 * len(weights)))
+        return (None, None, None, None, None, *gradients, *[None] * (2 * len(weights)))
 
 
 def _transformed(tensors: Sequence[Tensor | None]) -> bool:
@@ -270,14 +303,16 @@ def _differentiable_normalize(
     eps: list[float],
     dims: list[int],
     orders: list[str],
+    once: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     if _transformed(weights):
+        _refuse_recompute(n, once)
         # By operations that torch.func can transform as often as it likes.
         stored = [weight.detach() for weight in weights]
         vectors, sigmas = power_iteration(stored, us, vs, n, eps, dims, orders)
         columns = (weights, *_split(vectors, weights, dims), eps, dims)
         return vectors, sigmas, [reference.normalized(*site) for site in zip(*columns, strict=True)]
-    results = _Normalize.apply(n, eps, dims, orders, *weights, *us, *vs)  # type: ignore[no-untyped-call]
+    results = _Normalize.apply(n, eps, dims, orders, once, *weights, *us, *vs)  # type: ignore[no-untyped-call]
     vectors, sigmas, *normalized = results
     return vectors, sigmas, normalized
 
@@ -315,12 +350,19 @@ def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: Any, *argument
 # (weights, us, vs, n_power_iterations, eps, dims, orders) -> (vectors, sigmas, normalized). `vectors` is one
 # fresh tensor of the compute dtype with all new us, then all new vs; `sigmas` are u^T W v of these, [L] in
 # float64; `normalized` are W / sigma, or W where |sigma| <= eps. Only they carry gradient, to the weights.
+# With once=True a power iteration within a backward pass is an error: see `_refuse_recompute`.
 # Dynamo keeps it as one call; below, it is the two that follow.
 normalize = _define(
-    "normalize", f"{ARGUMENTS} -> (Tensor, Tensor, Tensor[])", _differentiable_normalize, None
+    "normalize",
+    f"({ARGUMENTS}, bool once=False) -> (Tensor, Tensor, Tensor[])",
+    _differentiable_normalize,
+    None,
 )
 _normalize_forward = _define(
-    "normalize_forward", f"{ARGUMENTS} -> (Tensor, Tensor, Tensor[])", _normalize, _fake_normalize
+    "normalize_forward",
+    f"({ARGUMENTS}, bool once=False) -> (Tensor, Tensor, Tensor[])",
+    _normalize,
+    _fake_normalize,
 )
 # (grads or None, normalized, vectors, sigmas, eps, dims) -> the gradients of the weights that have one. From
 # W / sigma and not W: the user of the weight keeps it anyway, in the layout that its gradient comes in.
@@ -334,10 +376,13 @@ _normalize_backward = _define(
 
 # As `normalize`, (vectors, sigmas) only. The weights must be detached.
 power_iteration = _define(
-    "power_iteration", f"{ARGUMENTS} -> (Tensor, Tensor)", _power_iteration, _fake_power_iteration
+    "power_iteration", f"({ARGUMENTS}) -> (Tensor, Tensor)", _power_iteration, _fake_power_iteration
 )
 
 # As `normalize`, -> (us, vs): `reference.singular_vectors` of each weight, which must be detached.
 singular_vectors = _define(
-    "singular_vectors", f"{ARGUMENTS} -> (Tensor[], Tensor[])", _singular_vectors, _fake_singular_vectors
+    "singular_vectors",
+    f"({ARGUMENTS}, bool once=False) -> (Tensor[], Tensor[])",
+    _singular_vectors,
+    _fake_singular_vectors,
 )

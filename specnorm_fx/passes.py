@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.nn.parameter import is_lazy
 
-from specnorm_fx import capture, reference
+from specnorm_fx import capture, reference, sharded
 from specnorm_fx.adopt import TorchSN, find_exported_sn, find_torch_sn, read_stripped_
 from specnorm_fx.capture import CONVOLUTIONS, TRANSPOSED, Weight
 from specnorm_fx.config import Select, Selectable, Selection, SpectralNormConfig
@@ -420,7 +420,8 @@ def _check_supported(model: Any) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"transform cannot rewrite TorchScript ({kind}): pass the Python module.")
     wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-    if wrapped or hasattr(model, "_orig_mod"):  # the latter is torch.compile's
+    # The latter two are torch.compile's and FSDP2's.
+    if wrapped or hasattr(model, "_orig_mod") or hasattr(model, "set_requires_gradient_sync"):
         raise TypeError(
             f"transform comes before {kind}: transform the module inside, then wrap the result again."
         )
@@ -434,6 +435,11 @@ def _check_weight(weight: Weight) -> None:
     if is_lazy(parameter):
         raise ValueError(
             f"{where} is lazy and has no shape yet. Run the model once on an example, {leave_out}."
+        )
+    if sharded.is_sharded(parameter):
+        raise ValueError(
+            f"{weight.fqn!r} is sharded already. Transform the whole model, then distribute the result: "
+            f"fully_shard(transform(model))."
         )
     if parameter.is_meta:
         raise ValueError(

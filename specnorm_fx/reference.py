@@ -31,6 +31,7 @@ __all__ = [
     "autocast_off",
     "compute_dtype",
     "converge",
+    "direction",
     "gradient",
     "initial_vectors",
     "normalized",
@@ -138,15 +139,25 @@ def power_iteration(
     """
     for _ in range(n_power_iterations):
         if order == "vu":
-            v = _direction(torch.mv(weight_mat.H, u), v, eps)
-            u = _direction(torch.mv(weight_mat, v), u, eps)
+            v = direction(torch.mv(weight_mat.H, u), v, eps)
+            u = direction(torch.mv(weight_mat, v), u, eps)
         else:
-            u = _direction(torch.mv(weight_mat, v), u, eps)
-            v = _direction(torch.mv(weight_mat.H, u), v, eps)
+            u = direction(torch.mv(weight_mat, v), u, eps)
+            v = direction(torch.mv(weight_mat.H, u), v, eps)
     return u, v
 
 
-def _direction(product: Tensor, previous: Tensor, eps: float) -> Tensor:
+def direction(product: Tensor, previous: Tensor, eps: float) -> Tensor:
+    """A product of the power iteration, at unit length.
+
+    Args:
+        product: ``W v`` or ``W^H u``.
+        previous: The vector it takes the place of.
+        eps: A product no longer than this, or not finite, has no direction.
+
+    Returns:
+        ``product / |product|``, or ``previous``.
+    """
     norm = product.norm(2, dim=0, keepdim=True)
     # Nor do NaN and inf carry one: a bad step of the weights must not poison the vectors for good.
     return torch.where((norm > eps) & norm.isfinite(), product / norm, previous)

@@ -1,35 +1,66 @@
 """A look at sigma: `sigmas` for logging in training, `report` for everything about every weight."""
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
-from specnorm_fx import capture, reference
-from specnorm_fx.graph_module import resolve
+from specnorm_fx import capture, reference, sharded
+from specnorm_fx.graph_module import sites_of, transformed
 
-__all__ = ["Report", "Row", "report", "sigmas"]
+__all__ = ["Report", "Row", "Sigma", "report", "sigmas"]
+
+
+class Sigma(NamedTuple):
+    """A sigma with its error bar, from ``sigmas(model, residual=True)``.
+
+    Attributes:
+        sigma: As without.
+        residual: See `specnorm_fx.reference.residual`: some singular value of the weight lies within
+            ``residual * sigma`` of ``sigma``.
+    """
+
+    sigma: Tensor
+    residual: Tensor
+
+
+@overload
+def sigmas(model: nn.Module, *, residual: Literal[False] = ...) -> dict[str, Tensor]: ...
+
+
+@overload
+def sigmas(model: nn.Module, *, residual: Literal[True]) -> dict[str, Sigma]: ...
 
 
 @torch.no_grad()
-def sigmas(model: nn.Module) -> dict[str, Tensor]:
+def sigmas(model: nn.Module, *, residual: bool = False) -> dict[str, Tensor] | dict[str, Sigma]:
     """The sigma that each weight is divided by in eval mode, by FQN.
 
     From the stored u and v, which are not moved. Nothing waits for the device.
 
     Args:
-        model: A transformed model, also inside ``torch.compile`` or DDP.
+        model: A transformed model, also inside ``torch.compile`` or DDP, or a parent of several. All ranks
+            must call it if its weights are sharded.
+        residual: Add the error bar, for one product with the weight more.
 
     Returns:
-        ``{fqn: sigma []}``, fp32 or the weight's real dtype, on the weight's device.
+        ``{fqn: sigma []}``, fp32 or the weight's real dtype, on the weight's device; with ``residual``
+        ``{fqn: Sigma}``.
 
     Raises:
         TypeError: ``model`` holds no transformed model.
     """
+    sites = sites_of(model)
+    if residual:
+        return {
+            fqn: Sigma(*reference.residual(site.matrix(), *site.vectors(), site.config.eps))
+            for fqn, site in sites.items()
+        }
     found = {}
-    for site in resolve(model).sites():
+    for fqn, site in sites.items():
         u, v = (reference.unit(x, site.config.eps) for x in site.vectors())
-        found[site.fqn] = reference.sigma(site.matrix(), u, v).abs()
+        found[fqn] = reference.sigma(site.matrix(), u, v).abs()
     return found
 
 
@@ -95,7 +126,7 @@ def report(model: nn.Module) -> Report:
     Computes an SVD of each weight, so it is for a look and not for every step.
 
     Args:
-        model: A transformed model, also inside ``torch.compile`` or DDP.
+        model: As in `sigmas`. A sharded weight is gathered, one after the other.
 
     Returns:
         The rows and the skipped weights.
@@ -103,18 +134,21 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` holds no transformed model.
     """
-    gm = resolve(model)
     rows = []
-    for site in gm.sites():
-        weight_mat = site.matrix()
-        sigma, residual = reference.residual(weight_mat, *site.vectors(), site.config.eps)
-        exact = torch.linalg.matrix_norm(weight_mat, ord=2)
+    for fqn, site in sites_of(model).items():
+        sigma, residual = reference.residual(site.matrix(), *site.vectors(), site.config.eps)
+        whole = sharded.full(site.weight.detach())
+        exact = torch.linalg.matrix_norm(reference.weight_matrix(whole, site.config.dim or 0), ord=2)
         values = (value.item() for value in (sigma, exact, residual))
-        rows.append(Row(site.fqn, tuple(site.weight.shape), *values))
-    normalized = {row.fqn for row in rows}
-    skipped = {
-        weight.fqn: "not selected" if weight.nodes else capture.obstacle(weight, gm, gm.graph)
-        for weight in capture.find_weights(gm, gm.graph)
-        if weight.fqn not in normalized
-    }
+        rows.append(Row(fqn, tuple(site.weight.shape), *values))
+    found = transformed(model)
+    skipped: dict[str, str] = {}
+    for name, gm in found.items():
+        normalized = {site.fqn for site in gm.sites()}
+        prefix = f"{name}." if len(found) > 1 else ""
+        skipped |= {
+            prefix + weight.fqn: "not selected" if weight.nodes else capture.obstacle(weight, gm, gm.graph)
+            for weight in capture.find_weights(gm, gm.graph)
+            if weight.fqn not in normalized
+        }
     return Report(tuple(rows), skipped)

@@ -1,63 +1,73 @@
 """u and v moved outside of the forward: `update_` once per step, `warm_up_` until they have converged."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from specnorm_fx import ops, reference
-from specnorm_fx.graph_module import Site, resolve
+from specnorm_fx import reference
+from specnorm_fx.graph_module import sites_of, transformed
+from specnorm_fx.module import SpectralNorm
 
-__all__ = ["update_", "warm_up_"]
+__all__ = ["update_", "update_after", "warm_up_"]
 
 
-@torch.no_grad()
 def update_(model: nn.Module) -> None:
     """Power iterations of the weights with ``update="step"``; call it after ``optimizer.step()``.
 
     Every forward until the next call then sees the same weights: activation checkpointing,
     micro-batches and D(real) / D(fake) included. Weights with ``update="forward"`` are left alone. In
-    eval mode it does the same as in training mode.
+    eval mode it does the same as in training mode. One operator call for all weights; it compiles, alone
+    or as a part of a step.
+
+    Of sharded weights (FSDP2, tensor parallel) every rank multiplies what it holds, and vectors are
+    added up over the ranks; so there all ranks must call it.
 
     Args:
-        model: A transformed model, also inside ``torch.compile`` or DDP.
+        model: A transformed model, also inside ``torch.compile`` or DDP, or a parent of several.
 
     Raises:
         TypeError: ``model`` holds no transformed model.
         ValueError: None of its weights has ``update="step"``.
     """
-    sites = [site for site in resolve(model).sites() if site.config.update == "step"]
-    if not sites:
+    for spectral_norm, *columns in _calls(model):
+        spectral_norm.update_(*columns)
+
+
+def update_after(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
+    """Have every ``optimizer.step()`` end with ``update_(model)``.
+
+    A step that ``GradScaler`` skips moves nothing, neither weights nor u and v. A copy of an optimizer, by
+    ``deepcopy`` or ``pickle``, has no hooks (so PyTorch): register the copy's anew.
+
+    Args:
+        optimizer: Any of ``torch.optim``, of the weights of ``model``.
+        model: As in `update_`.
+
+    Returns:
+        A handle, whose ``remove()`` ends it.
+
+    Raises:
+        TypeError: As `update_`, at once.
+        ValueError: As `update_`, at once.
+    """
+    _calls(model)
+
+    def update_weights(*_: object) -> None:
+        update_(model)
+
+    return optimizer.register_step_post_hook(update_weights)
+
+
+def _calls(model: nn.Module) -> list[tuple[SpectralNorm, list[Tensor], list[Tensor], list[Tensor]]]:
+    """The calls of `SpectralNorm` in a model, of which one iterates in `update_`."""
+    found = [gm.call() for gm in transformed(model).values()]
+    calls = [call for call in found if call is not None]
+    if not any(config.update == "step" for spectral_norm, *_ in calls for config in spectral_norm.configs):
         raise ValueError(
             "update_ found no weight with update='step': with update='forward' every training forward "
             "iterates by itself. Use transform(model, update='step')."
         )
-    auto = [site for site in sites if site.config.implementation == "auto"]
-    together = [[auto[i] for i in group] for group in ops.groups([site.weight for site in auto])]
-    for group in together:
-        _update_together_(group)
-    updated = {site.fqn for group in together for site in group}
-    for site in sites:
-        if site.fqn not in updated:
-            config = site.config
-            u, v = reference.power_iteration(
-                site.matrix(), *site.vectors(), config.n_power_iterations, config.eps, config.order
-            )
-            site.u.copy_(u)
-            site.v.copy_(v)
-
-
-def _update_together_(sites: list[Site]) -> None:
-    configs = [site.config for site in sites]
-    old = [site.u for site in sites] + [site.v for site in sites]
-    vectors, _ = ops.power_iteration(
-        [site.weight.detach() for site in sites],
-        old[: len(sites)],
-        old[len(sites) :],
-        [config.n_power_iterations for config in configs],
-        [config.eps for config in configs],
-        [config.dim or 0 for config in configs],
-        [config.order for config in configs],
-    )
-    torch._foreach_copy_(old, vectors.split([x.shape[0] for x in old]))
+    return calls
 
 
 @torch.no_grad()
@@ -67,7 +77,7 @@ def warm_up_(model: nn.Module, n: int | None = None, tol: float | None = None) -
     Loading a checkpoint without u and v does it by itself.
 
     Args:
-        model: A transformed model, also inside ``torch.compile`` or DDP; in any mode.
+        model: As in `update_`; in any mode. All ranks must call it if its weights are sharded.
         n: Run exactly this many power iterations, without waiting for the device.
         tol: Run until an iteration changes sigma by no more than this, relatively. With neither ``n``
             nor ``tol``: 1e-6; in any case at most 1000 iterations.
@@ -81,7 +91,7 @@ def warm_up_(model: nn.Module, n: int | None = None, tol: float | None = None) -
     for name, value in (("n", n), ("tol", tol)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value!r}.")
-    for site in resolve(model).sites():
+    for site in sites_of(model).values():
         config, weight_mat, (u, v) = site.config, site.matrix(), site.vectors()
         if n is not None:
             u, v = reference.power_iteration(weight_mat, u, v, n, config.eps, config.order)

@@ -11,9 +11,19 @@ from datetime import timedelta
 
 import torch
 
-# One process imports torch, and the ranks are forked from it: starting them takes a tenth of a second.
+# One process imports all that takes long, and the ranks are forked from it: starting them takes a tenth of a
+# second.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.tensor", "pytest", "specnorm_fx", "tests.models"])
+_context.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "pytest",
+        "specnorm_fx",
+        "tests.models",
+    ]
+)
 
 
 def run_ranks(function, world_size, *args, check=True, timeout=60, backend_timeout=30):

@@ -34,13 +34,48 @@ def test_report_names_every_weight():
     assert lines[-1] == "0.unused.weight: skipped, not used in the forward"
 
 
-def test_report_shows_stale_vectors():
+OVERWRITES = {
+    "init": nn.init.normal_,
+    "copy": lambda weight: weight.data.copy_(torch.randn_like(weight)),
+    "data": lambda weight: setattr(weight, "data", torch.randn_like(weight)),
+}
+
+
+@pytest.mark.parametrize("overwrite", OVERWRITES)
+def test_report_shows_stale_vectors_and_warm_up_mends_them(overwrite):
     gm = transform(nn.Linear(30, 20))
     assert report(gm).rows[0].residual < 0.2
-    nn.init.normal_(gm.weight)
+    OVERWRITES[overwrite](gm.weight)
     (row,) = report(gm).rows
     assert row.residual > 0.5
     assert abs(row.sigma - row.exact) > 1
+    warm_up_(gm, tol=1e-9)
+    (row,) = report(gm).rows
+    assert row.residual < 2e-2
+    assert row.sigma == pytest.approx(row.exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 5, 200])
+@pytest.mark.parametrize("order", ["uv", "vu"])
+def test_residual_is_an_error_bar(iterations, order):
+    """Some singular value lies within it; where u and v are near, that is the largest."""
+    gm = transform(nn.Linear(30, 20, dtype=torch.float64), order=order)
+    nn.init.orthogonal_(gm.weight)
+    gm.weight.data[0] *= 1.5  # the largest singular value, and a gap below it
+    if iterations:
+        warm_up_(gm, iterations)
+    (row,) = report(gm).rows
+    ((sigma, residual),) = sigmas(gm, residual=True).values()
+    assert (sigma.item(), residual.item()) == (row.sigma, row.residual)
+    assert torch.equal(sigma, sigmas(gm)["weight"])
+    (site,) = gm.sites()
+    signed = site.u @ site.weight @ site.v  # with cold u and v it may be negative
+    gaps = site.weight @ site.v - signed * site.u, site.weight.T @ site.u - signed * site.v
+    assert residual.item() == pytest.approx(max(gap.norm() for gap in gaps).item() / sigma.item(), abs=1e-12)
+    values = torch.linalg.svdvals(site.weight.detach())
+    assert (values - sigma).abs().min() <= residual * sigma + 1e-14
+    if iterations == 200:
+        assert residual < 1e-12
 
 
 def test_report_names_layers_inside_an_opaque_one():
