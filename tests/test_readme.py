@@ -1,13 +1,16 @@
 """The code in the README and in docs/ runs, and the forwards the README prints are the real ones."""
 
 import functools
+import os
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import specnorm_fx
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -40,6 +43,26 @@ def test_the_page_on_gradient_penalties_runs(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     names = run("docs/gradient_penalty.md")
     assert all(p.isfinite().all() for p in names["critic"].parameters())
+
+
+def run_the_page_on_training(rank, folder):
+    os.chdir(folder)
+    # Dynamo hides it, but not from a filter that makes it an error.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        patch.setattr(torch.distributed, "init_process_group", lambda backend: None)  # there is one
+        names = run("docs/training.md")
+    assert all(p.isfinite().all() for p in names["whole"].parameters())
+    return {name: x.clone() for name, x in names["whole"].state_dict().items()}
+
+
+def test_the_page_on_training_runs(tmp_path):
+    """On two ranks, for its parts with several processes."""
+    first, second = run_ranks(run_the_page_on_training, 2, str(tmp_path))
+    saved = torch.load(tmp_path / "critic.pt", weights_only=True)
+    assert first.keys() == second.keys() == saved.keys()
+    assert all(torch.equal(first[name], x) and torch.equal(second[name], x) for name, x in saved.items())
 
 
 def printed(code):
