@@ -317,8 +317,10 @@ def test_scales(kernels, scale, order):
         if scale * 100 < EPS:
             assert torch.equal(sigmas, torch.zeros_like(sigmas))
             for case, result in zip(cases, results, strict=True):
-                assert torch.equal(result.u, case.u)
-                assert torch.equal(result.v, case.v)
+                # Without iteration they are brought to unit length, which they have up to rounding.
+                rounding = 0 if iterations else torch.finfo(torch.float32).eps
+                assert error(result.u, case.u) <= rounding
+                assert error(result.v, case.v) <= rounding
                 assert torch.equal(result.out, case.w)
         else:
             for case, result in zip(cases, results, strict=True):
@@ -398,7 +400,7 @@ def test_without_iteration_any_length_of_u_and_v_will_do(kernels):
         case.u *= factor
     results, _, _ = run(kernels, cases, 0)
     check(results[0], cases[0], 0)
-    assert torch.equal(results[1].u, cases[1].u)  # unit up to rounding: the bits stay
+    check(results[1], cases[1], 0)  # an average may be of almost unit length
     assert torch.equal(results[2].out, cases[2].w)
     assert results[2].sigma.item() == 0
 
@@ -511,7 +513,7 @@ COMPILE = """
 
     pointers = {"table": "*i64", "epsilons": "*fp64", "sums": "*fp64"}
     pointers |= dict.fromkeys(("vectors", "workspace", "sigmas", "output"), "*fp32")
-    constants = dict(W=tl.float32, C=tl.float32, VEC=4, L=2, FIRST=False, DIVIDE=True, TOLERANCE=1e-6)
+    constants = dict(W=tl.float32, C=tl.float32, VEC=4, L=2, FIRST=False, DIVIDE=True)
     for name in ("_pass", "_reduce", "_finish", "_dot", "_gradient"):
         kernel = getattr(k, name + "_kernel")
         types, values = {}, {}
@@ -535,8 +537,30 @@ def test_compiles_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-c", textwrap.dedent(COMPILE)], check=True, timeout=300)
 
 
+@pytest.mark.parametrize("value", [6e4, 6e-8])
+def test_the_ends_of_fp16(kernels, value):
+    """Of rank one, all elements of one size: sigma is the largest there is."""
+    cases = [make(((24, 40), 0, layout), torch.float16) for layout in (as_is, transposed)]
+    for case in cases:
+        case.w.copy_(torch.outer(torch.randn(24).sign(), torch.randn(40).sign()) * value)
+    results, vectors, sigmas = run(kernels, cases, [1, 2])
+    exact = [case.w.double().norm() for case in cases]
+    grads = [(torch.randn(24, 40) * min(sigma.item(), 1.0)).half().to(DEVICE) for sigma in exact]
+    dws = gradients(kernels, cases, grads, vectors, sigmas)
+    for case, result, sigma, grad, dw in zip(cases, results, exact, grads, dws, strict=True):
+        check(result, case)
+        assert error(result.sigma, sigma) < 1e-6
+        # (G - <G, W / sigma> u v^T) / sigma, where u v^T is W / sigma. W / sigma and the result have been
+        # rounded to fp16: relatively, and a subnormal result by 3e-8.
+        right, g = case.w.double() / sigma, grad.double()
+        want = (g - (g * right).sum() * right) / sigma
+        room = torch.finfo(torch.float16).eps * (g.norm() / sigma).item() + 3e-8 * want.numel() ** 0.5
+        assert dw.isfinite().all()
+        assert (dw.double() - want).norm().item() <= room
+
+
 def test_u_and_v_in_half_precision(kernels):
-    """As `model.half()` leaves them."""
+    """As torch's own spectral norm has them after `model.half()`."""
     case = make("small", torch.float16)
     case.u, case.v = case.u.half(), case.v.half()
     (got,), _, _ = run(kernels, [case])
