@@ -1,10 +1,12 @@
 """The CUDA kernels against `reference`: on a GPU where there is one, else in Triton's interpreter."""
 
+import contextlib
 import copy
 import importlib.util
 import subprocess
 import sys
 import textwrap
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -267,6 +269,52 @@ def test_launches_do_not_grow_with_the_weights(kernels, launches, many, iteratio
     launches.clear()
     gradients(kernels, cases, [torch.ones_like(c.w) for c in cases], vectors, sigmas)
     assert len(launches) == 2
+
+
+def test_every_launch_is_on_the_device_of_the_weights(kernels, monkeypatch):
+    """Triton launches on the current one."""
+    devices, launched = [], []
+
+    @contextlib.contextmanager
+    def on(device):
+        devices.append(device)
+        yield
+        devices.pop()
+
+    monkeypatch.setattr(kernels, "_on", on)
+    for name in NAMES:
+        kernel = getattr(kernels, name)
+
+        def run_kernel(*args, _run=kernel.run, **kwargs):
+            launched.append(list(devices))
+            return _run(*args, **kwargs)
+
+        monkeypatch.setattr(kernel, "run", run_kernel, raising=False)
+    case = make("small")
+    _, vectors, sigmas = run(kernels, [case])
+    gradients(kernels, [case], [torch.ones_like(case.w)], vectors, sigmas)
+    assert launched == [[case.w.device]] * len(NAMES)
+
+
+def test_the_device_is_made_the_current_one(kernels):
+    assert kernels._on(torch.device("cuda", 1)).idx == 1
+
+
+def test_tables_are_kept_for_good_and_made_on_another_thread(kernels, monkeypatch):
+    """A recorded CUDA graph reads them; and nothing of this thread's may stay in its memory pool."""
+    threads = []
+
+    def tensor(*args, _tensor=torch.tensor, **kwargs):
+        threads.append(threading.get_ident())
+        return _tensor(*args, **kwargs)
+
+    kernels._forward_plan.cache_clear()
+    monkeypatch.setattr(torch, "tensor", tensor)
+    run(kernels, [make("small")])
+    assert threads
+    assert threading.get_ident() not in threads
+    for plan in (kernels._forward_plan, kernels._backward_plan):
+        assert plan.cache_info().maxsize is None
 
 
 def test_tables_are_built_once(kernels, monkeypatch):
