@@ -246,10 +246,7 @@ static int NAME(finish_pass)(const site *s, const tensors *t, NAME(work) *work, 
         int plain = row_length > SHORTEST && row_length < LONGEST && column_length > SHORTEST &&
                     column_length < LONGEST && isfinite(*sigma);
         if (!plain) return 0;
-        /* The bits of a vector that is a unit vector up to rounding are kept: reference.unit. */
-        double tolerance = 16 * (sizeof(REAL) == 4 ? 0x1p-23 : 0x1p-52);
-        if (s->iterations < 0 || fabs(row_length - 1) <= tolerance) row_length = 1;
-        if (s->iterations < 0 || fabs(column_length - 1) <= tolerance) column_length = 1;
+        if (s->iterations < 0) row_length = column_length = 1;
         *sigma /= row_length * column_length;
         NAME(divide)(t->row_vector, (REAL)row_length, t->new_row_vector, rows);
         NAME(divide)(t->column_vector, (REAL)column_length, t->new_column_vector, columns);

@@ -1,7 +1,7 @@
 """SpectralNormGraphModule: what `transform` returns, a GraphModule that keeps the model's whole state."""
 
 import pickle
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,9 @@ class SpectralNormGraphModule(fx.GraphModule):
     2. all of that, and the class itself, survives ``deepcopy`` and ``pickle``;
     3. ``load_state_dict`` reads every layout of `specnorm_fx.convert_state_dict`; where u and v are
        not in the checkpoint they converge to the loaded weight;
-    4. ``train`` and ``eval`` refuse a mode that the graph cannot follow, see `train`.
+    4. u and v stay in fp32 where ``half()``, ``bfloat16()`` or ``to(dtype)`` of the model, or of a parent,
+       turn the weights to half precision, and where a checkpoint has them in it;
+    5. ``train`` and ``eval`` refuse a mode that the graph cannot follow, see `train`.
 
     Args:
         root: Module tree to keep; its objects are taken over, not copied.
@@ -131,6 +133,21 @@ class SpectralNormGraphModule(fx.GraphModule):
         spectral_norm: Any = self.get_submodule(target)
         return spectral_norm, weights, us, vs
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SpectralNormGraphModule":
+        # In half precision u and v stop where an iteration moves them by less than a rounding, short of the
+        # singular vectors: for close singular values sigma was up to 1e-3 off in bf16.
+        before = {fqn: attribute(self, fqn) for fqn in self._vector_fqns()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for fqn, vector in before.items():
+            turned = attribute(self, fqn)
+            dtype = reference.compute_dtype(turned)
+            if turned.dtype != dtype:
+                setattr(*owner_of(self, fqn), vector.to(turned.device, dtype))
+        return self
+
+    def _vector_fqns(self) -> list[str]:
+        return [] if self._call is None else [*self._call[1][1], *self._call[1][2]]
+
     def sites(self) -> list[Site]:
         """The normalised weights, in the order of the graph."""
         call = self.call()
@@ -156,6 +173,9 @@ class SpectralNormGraphModule(fx.GraphModule):
                 u, v = _converged(site, *stale)
                 state_dict[f"{prefix}{site.fqn}_u"] = u
                 state_dict[f"{prefix}{site.fqn}_v"] = v
+        for key in (prefix + fqn for fqn in self._vector_fqns()):
+            if key in state_dict:  # in half precision it would stay so, loaded with assign=True
+                state_dict[key] = state_dict[key].to(reference.compute_dtype(state_dict[key]))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _deepcopy_init(self) -> Any:
@@ -186,7 +206,7 @@ def _converged(site: Site, loaded: Tensor, loaded_u: Tensor | None) -> tuple[Ten
         return site.u, site.v  # PyTorch reports the weight
     weight = loaded.detach().to(device=site.weight.device, dtype=site.weight.dtype)
     weight_mat = sharded.matrix(weight, site.config.dim or 0)
-    (u, v), order = site.vectors(), site.config.order
+    (u, v), order = reference.random_start(*site.vectors()), site.config.order
     if loaded_u is not None and loaded_u.shape == u.shape:
         u, order = loaded_u.to(u), "vu"  # the other order would start from v
     return reference.converge(weight_mat, u, v, site.config.eps, order)

@@ -37,6 +37,8 @@ __all__ = [
     "normalized",
     "normalized_backward",
     "power_iteration",
+    "product",
+    "random_start",
     "residual",
     "sigma",
     "singular_vectors",
@@ -51,14 +53,18 @@ INITIAL_ITERATIONS = 15
 # A number of power iterations: none, and u and v as they are, of whatever length. So does torch in eval mode.
 AS_STORED = -1
 
-# Power iteration that is to converge stops once sigma moves by less than this, relatively, in one
-# step: for the usual gaps between singular values sigma is then right to about ten times as much.
-CONVERGENCE_TOLERANCE = 1e-6
+# Power iteration that is to converge stops once sigma moves by no more than this, relatively, in one
+# step: a unit in the last place of fp32. Sigma is then right to some 3e-5 where the next singular value
+# is 0.2 % smaller or more.
+CONVERGENCE_TOLERANCE = 1.2e-7
 MAX_ITERATIONS = 1000
 
-# |x| within this many machine epsilons of 1 counts as unit length. Rounding alone leaves the norm of
-# a freshly normalised vector a few epsilons off, and rescaling that again would only change bits.
-UNIT_TOLERANCE = 16
+# |x| within this many machine epsilons of 1, and one more for so many elements, counts as unit length: so far
+# off rounding alone leaves a freshly normalised vector (torch adds up squares in the dtype itself; seen: 1.5
+# for 500 elements, 2.5 for 4608, 7 for 50000), and rescaling it would only change bits. No further: an
+# average may be of almost unit length, and sigma is to be right to 1e-6 in fp32.
+UNIT_TOLERANCE = 2
+ELEMENTS_PER_EPSILON = 4096
 
 
 def weight_matrix(weight: Tensor, dim: int) -> Tensor:
@@ -139,28 +145,42 @@ def power_iteration(
     """
     for _ in range(n_power_iterations):
         if order == "vu":
-            v = direction(torch.mv(weight_mat.H, u), v, eps)
-            u = direction(torch.mv(weight_mat, v), u, eps)
+            v = direction(product(weight_mat.H, u), v, eps)
+            u = direction(product(weight_mat, v), u, eps)
         else:
-            u = direction(torch.mv(weight_mat, v), u, eps)
-            v = direction(torch.mv(weight_mat.H, u), v, eps)
+            u = direction(product(weight_mat, v), u, eps)
+            v = direction(product(weight_mat.H, u), v, eps)
     return u, v
 
 
-def direction(product: Tensor, previous: Tensor, eps: float) -> Tensor:
+def product(matrix: Tensor, vector: Tensor) -> Tensor:
+    """``torch.mv`` without autocast, which on CUDA would round both to half precision.
+
+    Args:
+        matrix: ``[m, n]``.
+        vector: ``[n]``, same dtype.
+
+    Returns:
+        ``[m]``.
+    """
+    with autocast_off(vector.device.type):
+        return torch.mv(matrix, vector)
+
+
+def direction(x: Tensor, previous: Tensor, eps: float) -> Tensor:
     """A product of the power iteration, at unit length.
 
     Args:
-        product: ``W v`` or ``W^H u``.
+        x: ``W v`` or ``W^H u``.
         previous: The vector it takes the place of.
         eps: A product no longer than this, or not finite, has no direction.
 
     Returns:
-        ``product / |product|``, or ``previous``.
+        ``x / |x|``, or ``previous``.
     """
-    norm = product.norm(2, dim=0, keepdim=True)
+    norm = x.norm(2, dim=0, keepdim=True)
     # Nor do NaN and inf carry one: a bad step of the weights must not poison the vectors for good.
-    return torch.where((norm > eps) & norm.isfinite(), product / norm, previous)
+    return torch.where((norm > eps) & norm.isfinite(), x / norm, previous)
 
 
 @torch.no_grad()
@@ -198,6 +218,24 @@ def converge(
     return u, v
 
 
+def random_start(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Where power iteration is to start that must find the largest singular value.
+
+    Stored vectors may rest at another one, which a change of the weight has made the smaller; or have no
+    direction, being zero (as opposite ones average to) or NaN. Power iteration would stay there.
+
+    Args:
+        u: ``[m]``, whose shape, dtype and device are taken.
+        v: ``[n]``, likewise.
+
+    Returns:
+        The same numbers at every call; the global generator is left alone.
+    """
+    generator = torch.Generator(u.device).manual_seed(0)
+    new_u, new_v = (torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) for x in (u, v))
+    return new_u, new_v
+
+
 @torch.no_grad()
 def unit(x: Tensor, eps: float) -> Tensor:
     """``x / |x|``, with the bits of x kept where its length is 1 up to rounding; a fresh tensor.
@@ -210,7 +248,8 @@ def unit(x: Tensor, eps: float) -> Tensor:
         ``[k]``, same dtype.
     """
     norm = x.norm(2, dim=0, keepdim=True)
-    off = (norm - 1).abs() > UNIT_TOLERANCE * torch.finfo(x.dtype).eps
+    rounding = (UNIT_TOLERANCE + x.numel() / ELEMENTS_PER_EPSILON) * torch.finfo(x.dtype).eps
+    off = (norm - 1).abs() > rounding
     return torch.where(off & (norm > eps), x / norm, x)
 
 
@@ -225,7 +264,7 @@ def sigma(weight_mat: Tensor, u: Tensor, v: Tensor) -> Tensor:
     Returns:
         ``[]``, same dtype (complex, with a negligible imaginary part, for a complex weight).
     """
-    return torch.vdot(u, torch.mv(weight_mat, v))
+    return torch.vdot(u, product(weight_mat, v))
 
 
 @torch.no_grad()
@@ -252,14 +291,13 @@ def singular_vectors(
     Returns:
         u and v in the dtype of `weight_matrix`; fresh tensors.
     """
-    with autocast_off(weight.device.type):
-        weight_mat = weight_matrix(weight, dim)
-        u, v = u.to(weight_mat.dtype), v.to(weight_mat.dtype)
-        if n_power_iterations > 0:
-            return power_iteration(weight_mat, u, v, n_power_iterations, eps, order)
-        if n_power_iterations == AS_STORED:
-            return u.clone(), v.clone()
-        return unit(u, eps), unit(v, eps)
+    weight_mat = weight_matrix(weight, dim)
+    u, v = u.to(weight_mat.dtype), v.to(weight_mat.dtype)
+    if n_power_iterations > 0:
+        return power_iteration(weight_mat, u, v, n_power_iterations, eps, order)
+    if n_power_iterations == AS_STORED:
+        return u.clone(), v.clone()
+    return unit(u, eps), unit(v, eps)
 
 
 def normalized(weight: Tensor, u: Tensor, v: Tensor, eps: float, dim: int) -> Tensor:
@@ -277,11 +315,10 @@ def normalized(weight: Tensor, u: Tensor, v: Tensor, eps: float, dim: int) -> Te
     Returns:
         Shape and dtype of ``weight``.
     """
-    with autocast_off(weight.device.type):
-        weight_mat = weight_matrix(weight, dim)
-        divisor = sigma(weight_mat, u, v)
-        divisor = torch.where(divisor.abs() > eps, divisor, 1)
-        return (weight.to(weight_mat.dtype) / divisor).to(weight.dtype)
+    weight_mat = weight_matrix(weight, dim)
+    divisor = sigma(weight_mat, u, v)
+    divisor = torch.where(divisor.abs() > eps, divisor, 1)
+    return (weight.to(weight_mat.dtype) / divisor).to(weight.dtype)
 
 
 def normalized_backward(grad: Tensor, weight: Tensor, u: Tensor, v: Tensor, eps: float, dim: int) -> Tensor:
@@ -302,8 +339,8 @@ def normalized_backward(grad: Tensor, weight: Tensor, u: Tensor, v: Tensor, eps:
     value = sigma(weight_mat, u, v)
     normal = value.abs() > eps
     divisor = torch.where(normal, value, 1)
-    product = torch.where(normal, (grad_mat * weight_mat).sum() / divisor, 0)
-    result = (grad_mat - product * torch.outer(u, v)) / divisor
+    inner = torch.where(normal, (grad_mat * weight_mat).sum() / divisor, 0)
+    result = (grad_mat - inner * torch.outer(u, v)) / divisor
     return _as_weight(result, weight, dim)
 
 
@@ -326,8 +363,8 @@ def gradient(
     """
     grad_mat, normalized_mat = weight_matrix(grad, dim), weight_matrix(normalized, dim)
     normal = sigma.abs() > eps
-    product = torch.where(normal, (grad_mat * normalized_mat).sum(), 0)
-    result = (grad_mat - product * torch.outer(u, v)) / torch.where(normal, sigma, 1).to(u.dtype)
+    inner = torch.where(normal, (grad_mat * normalized_mat).sum(), 0)
+    result = (grad_mat - inner * torch.outer(u, v)) / torch.where(normal, sigma, 1).to(u.dtype)
     return _as_weight(result, normalized, dim)
 
 
@@ -356,8 +393,8 @@ def residual(weight_mat: Tensor, u: Tensor, v: Tensor, eps: float) -> tuple[Tens
     """
     u, v = unit(u, eps), unit(v, eps)
     value = sigma(weight_mat, u, v)
-    gap_u = (torch.mv(weight_mat, v) - value * u).norm()
-    gap_v = (torch.mv(weight_mat.H, u) - value.conj() * v).norm()
+    gap_u = (product(weight_mat, v) - value * u).norm()
+    gap_v = (product(weight_mat.H, u) - value.conj() * v).norm()
     size = value.abs()
     return size, torch.where(size > eps, torch.maximum(gap_u, gap_v) / size, 0)
 

@@ -137,10 +137,10 @@ class Matrix:
         if self.adjoint:
             product = x.new_zeros(n).view(self.sizes)
             part = product[self.columns]
-            part += torch.mv(self.block.H, x[self.rows]).view_as(part)
+            part += reference.product(self.block.H, x[self.rows]).view_as(part)
             return product.flatten()
         product = x.new_zeros(m)
-        product[self.rows] = torch.mv(self.block, x.view(self.sizes)[self.columns].flatten())
+        product[self.rows] = reference.product(self.block, x.view(self.sizes)[self.columns].flatten())
         return product
 
     @classmethod

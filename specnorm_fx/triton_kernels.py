@@ -30,6 +30,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -490,11 +491,10 @@ def _reduce_kernel(
 
 
 @triton.jit
-def _unit_length(square, eps, C: tl.constexpr, TOLERANCE: tl.constexpr):
-    """What to divide a vector by for unit length: 1 where it has that already, up to rounding."""
+def _length(square, eps):
+    """What to divide a vector by for unit length."""
     length = tl.sqrt(square)
-    off = tl.abs(length - 1.0) > TOLERANCE
-    return tl.where(off & _directed(length, eps), length, 1.0)
+    return tl.where(_directed(length, eps), length, 1.0)
 
 
 @triton.jit
@@ -510,7 +510,6 @@ def _finish_kernel(
     DIVIDE: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
-    TOLERANCE: tl.constexpr,
     L: tl.constexpr,
 ):
     layer, row, chunk = _find(table, FINISH_START, L)
@@ -526,8 +525,8 @@ def _finish_kernel(
         x_to = vectors + tl.load(row + X)
         # Below 0 they are to stay as they are, of whatever length.
         stays = iterations < 0
-        x_length = tl.where(stays, 1.0, _unit_length(_total(block_sums + blocks, blocks), eps, C, TOLERANCE))
-        y_length = tl.where(stays, 1.0, _unit_length(_total(tile_sums, tiles), eps, C, TOLERANCE))
+        x_length = tl.where(stays, 1.0, _length(_total(block_sums + blocks, blocks), eps))
+        y_length = tl.where(stays, 1.0, _length(_total(tile_sums, tiles), eps))
         sigma = _total(block_sums, blocks) / (x_length * y_length)
         _write_vector(x_to, x_to, _axis(row, 0), 1.0 / x_length, chunk, chunks, True, C)
         _write_vector(y_to, y_to, _axis(row, AXIS), 1.0 / y_length, chunk, chunks, True, C)
@@ -851,14 +850,25 @@ class _Table:
         return _Chunk(
             indices=indices,
             swapped=self.swapped,
-            table=torch.tensor(numbers, dtype=torch.int64, device=device),
-            epsilons=torch.tensor([w.eps for w in self.weights], dtype=torch.float64, device=device),
+            table=_kept(numbers, torch.int64, device),
+            epsilons=_kept([w.eps for w in self.weights], torch.float64, device),
             padded=count,
             iterations=max(w.iterations for w in self.weights),
             workspace=self.totals["workspace"],
             sums=self.totals["sums"],
             programs=tuple(self.programs.values()),
         )
+
+
+def _kept(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that stays, made on a thread of its own.
+
+    Before torch.compile records a CUDA graph it runs the model, with all that this thread allocates in a
+    pool, and raises if anything but its outputs is still alive there. The copy to the device is over on
+    return, so every stream may read it.
+    """
+    with ThreadPoolExecutor(1) as own_thread:
+        return own_thread.submit(torch.tensor, values, dtype=dtype, device=device).result()
 
 
 def _vector_starts(weights: Sequence[_Weight]) -> tuple[list[int], list[int]]:
@@ -885,8 +895,9 @@ def _oriented(weight: _Weight) -> tuple[_Axis, _Axis, bool]:
     return p, q, swapped
 
 
-# An entry holds a few KB on the device; a model needs one or two for each of its modes.
-@functools.lru_cache(maxsize=256)
+# For good: a recorded CUDA graph reads the tables again at every replay. They are a few KB on the device, one
+# or two for each mode of a model.
+@functools.cache
 def _forward_plan(weights: tuple[_Weight, ...], itemsize: int, device: torch.device, divide: bool) -> _Plan:
     us, vs = _vector_starts(weights)
     copied = frozenset(i for i, weight in enumerate(weights) if weight.axes() is None)
@@ -928,7 +939,7 @@ def _forward_plan(weights: tuple[_Weight, ...], itemsize: int, device: torch.dev
     return _Plan(chunks, copied, frozenset())
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def _backward_plan(weights: tuple[_Weight, ...], itemsize: int, device: torch.device) -> _Plan:
     us, vs = _vector_starts(weights)
     present = [i for i, weight in enumerate(weights) if weight.grad_stride is not None]
@@ -1105,8 +1116,7 @@ def _forward(
             results = _addresses([outputs[i] for i in chunk.indices], count)
             _finish_kernel[(finishes,)](
                 pointers, results, *state, sigmas, workspace, sums,
-                DIVIDE=divide, TOLERANCE=reference.UNIT_TOLERANCE * torch.finfo(dtype).eps,
-                L=count, num_warps=8, **types,
+                DIVIDE=divide, L=count, num_warps=8, **types,
             )  # fmt: skip
     return vectors, sigmas, outputs
 

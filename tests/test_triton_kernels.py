@@ -1,10 +1,12 @@
 """The CUDA kernels against `reference`: on a GPU where there is one, else in Triton's interpreter."""
 
+import contextlib
 import copy
 import importlib.util
 import subprocess
 import sys
 import textwrap
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -269,6 +271,52 @@ def test_launches_do_not_grow_with_the_weights(kernels, launches, many, iteratio
     assert len(launches) == 2
 
 
+def test_every_launch_is_on_the_device_of_the_weights(kernels, monkeypatch):
+    """Triton launches on the current one."""
+    devices, launched = [], []
+
+    @contextlib.contextmanager
+    def on(device):
+        devices.append(device)
+        yield
+        devices.pop()
+
+    monkeypatch.setattr(kernels, "_on", on)
+    for name in NAMES:
+        kernel = getattr(kernels, name)
+
+        def run_kernel(*args, _run=kernel.run, **kwargs):
+            launched.append(list(devices))
+            return _run(*args, **kwargs)
+
+        monkeypatch.setattr(kernel, "run", run_kernel, raising=False)
+    case = make("small")
+    _, vectors, sigmas = run(kernels, [case])
+    gradients(kernels, [case], [torch.ones_like(case.w)], vectors, sigmas)
+    assert launched == [[case.w.device]] * len(NAMES)
+
+
+def test_the_device_is_made_the_current_one(kernels):
+    assert kernels._on(torch.device("cuda", 1)).idx == 1
+
+
+def test_tables_are_kept_for_good_and_made_on_another_thread(kernels, monkeypatch):
+    """A recorded CUDA graph reads them; and nothing of this thread's may stay in its memory pool."""
+    threads = []
+
+    def tensor(*args, _tensor=torch.tensor, **kwargs):
+        threads.append(threading.get_ident())
+        return _tensor(*args, **kwargs)
+
+    kernels._forward_plan.cache_clear()
+    monkeypatch.setattr(torch, "tensor", tensor)
+    run(kernels, [make("small")])
+    assert threads
+    assert threading.get_ident() not in threads
+    for plan in (kernels._forward_plan, kernels._backward_plan):
+        assert plan.cache_info().maxsize is None
+
+
 def test_tables_are_built_once(kernels, monkeypatch):
     cases = [make("small"), make("odd")]
     first = run(kernels, cases)[1:]
@@ -317,8 +365,10 @@ def test_scales(kernels, scale, order):
         if scale * 100 < EPS:
             assert torch.equal(sigmas, torch.zeros_like(sigmas))
             for case, result in zip(cases, results, strict=True):
-                assert torch.equal(result.u, case.u)
-                assert torch.equal(result.v, case.v)
+                # Without iteration they are brought to unit length, which they have up to rounding.
+                rounding = 0 if iterations else torch.finfo(torch.float32).eps
+                assert error(result.u, case.u) <= rounding
+                assert error(result.v, case.v) <= rounding
                 assert torch.equal(result.out, case.w)
         else:
             for case, result in zip(cases, results, strict=True):
@@ -398,7 +448,7 @@ def test_without_iteration_any_length_of_u_and_v_will_do(kernels):
         case.u *= factor
     results, _, _ = run(kernels, cases, 0)
     check(results[0], cases[0], 0)
-    assert torch.equal(results[1].u, cases[1].u)  # unit up to rounding: the bits stay
+    check(results[1], cases[1], 0)  # an average may be of almost unit length
     assert torch.equal(results[2].out, cases[2].w)
     assert results[2].sigma.item() == 0
 
@@ -511,7 +561,7 @@ COMPILE = """
 
     pointers = {"table": "*i64", "epsilons": "*fp64", "sums": "*fp64"}
     pointers |= dict.fromkeys(("vectors", "workspace", "sigmas", "output"), "*fp32")
-    constants = dict(W=tl.float32, C=tl.float32, VEC=4, L=2, FIRST=False, DIVIDE=True, TOLERANCE=1e-6)
+    constants = dict(W=tl.float32, C=tl.float32, VEC=4, L=2, FIRST=False, DIVIDE=True)
     for name in ("_pass", "_reduce", "_finish", "_dot", "_gradient"):
         kernel = getattr(k, name + "_kernel")
         types, values = {}, {}
@@ -535,8 +585,30 @@ def test_compiles_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-c", textwrap.dedent(COMPILE)], check=True, timeout=300)
 
 
+@pytest.mark.parametrize("value", [6e4, 6e-8])
+def test_the_ends_of_fp16(kernels, value):
+    """Of rank one, all elements of one size: sigma is the largest there is."""
+    cases = [make(((24, 40), 0, layout), torch.float16) for layout in (as_is, transposed)]
+    for case in cases:
+        case.w.copy_(torch.outer(torch.randn(24).sign(), torch.randn(40).sign()) * value)
+    results, vectors, sigmas = run(kernels, cases, [1, 2])
+    exact = [case.w.double().norm() for case in cases]
+    grads = [(torch.randn(24, 40) * min(sigma.item(), 1.0)).half().to(DEVICE) for sigma in exact]
+    dws = gradients(kernels, cases, grads, vectors, sigmas)
+    for case, result, sigma, grad, dw in zip(cases, results, exact, grads, dws, strict=True):
+        check(result, case)
+        assert error(result.sigma, sigma) < 1e-6
+        # (G - <G, W / sigma> u v^T) / sigma, where u v^T is W / sigma. W / sigma and the result have been
+        # rounded to fp16: relatively, and a subnormal result by 3e-8.
+        right, g = case.w.double() / sigma, grad.double()
+        want = (g - (g * right).sum() * right) / sigma
+        room = torch.finfo(torch.float16).eps * (g.norm() / sigma).item() + 3e-8 * want.numel() ** 0.5
+        assert dw.isfinite().all()
+        assert (dw.double() - want).norm().item() <= room
+
+
 def test_u_and_v_in_half_precision(kernels):
-    """As `model.half()` leaves them."""
+    """As torch's own spectral norm has them after `model.half()`."""
     case = make("small", torch.float16)
     case.u, case.v = case.u.half(), case.v.half()
     (got,), _, _ = run(kernels, [case])
