@@ -5,13 +5,25 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import spectral_norm as hook_sn
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import specnorm_fx
-from specnorm_fx import freeze, gradient_penalty, report, sigmas, transform, update_, warm_up_
+from specnorm_fx import (
+    freeze,
+    gradient_penalty,
+    report,
+    sharded,
+    sigmas,
+    transform,
+    update_,
+    update_after,
+    warm_up_,
+)
 from specnorm_fx.graph_module import resolve, spectral_norm_node
 from tests.models import LAYERS, MODELS, Discriminator, apply_torch_sn, parametrize, relative_error
 
@@ -218,7 +230,7 @@ def test_a_step_that_grad_scaler_skips(update):
     gm = discriminator(update)
     optimizer = torch.optim.Adam(gm.parameters(), lr=1e-3)
     if update == "step":
-        optimizer.register_step_post_hook(lambda *_: update_(gm))
+        update_after(optimizer, gm)
     scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10, growth_interval=1000)
 
     def step(x):
@@ -280,7 +292,7 @@ def test_no_wait_for_the_device_in_a_step(update, dtype, options):
     gm = discriminator(update)
     optimizer = torch.optim.Adam(gm.parameters(), lr=1e-3, **options)
     if update == "step":
-        optimizer.register_step_post_hook(lambda *_: update_(gm))
+        update_after(optimizer, gm)
     x = torch.randn(2, 3, 8, 8, device=DEVICE)
 
     def step():
@@ -309,7 +321,7 @@ def test_a_training_step_in_a_cuda_graph(update):
     optimizers = [torch.optim.Adam(m.parameters(), lr=1e-2, capturable=True) for m in (gm, twin)]
     if update == "step":
         for m, optimizer in zip((gm, twin), optimizers, strict=True):
-            optimizer.register_step_post_hook(lambda *_, m=m: update_(m))
+            update_after(optimizer, m)
 
     def step(m, optimizer):
         optimizer.zero_grad()
@@ -433,7 +445,7 @@ def test_averaging(use_buffers):
     gm = discriminator("step")
     averaged = AveragedModel(gm, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=use_buffers)
     optimizer = torch.optim.Adam(gm.parameters(), lr=0.02)
-    optimizer.register_step_post_hook(lambda *_: update_(gm))
+    update_after(optimizer, gm)
     for _ in range(20):
         optimizer.zero_grad()
         (gm(torch.randn(4, 3, 8, 8, device=DEVICE)) - 1).square().mean().backward()
@@ -545,3 +557,42 @@ def test_gradient_penalty_in_a_compiled_step(case, mode):
         scale = max(g.abs().max() for g in gradients[0])
         for a, b in zip(*gradients, strict=True):
             assert (a - b).abs().max() / scale < 1e-5
+
+
+@pytest.fixture
+def one_rank():
+    store = torch.distributed.HashStore()
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    yield init_device_mesh(DEVICE, (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_fsdp(one_rank, compiled):
+    """Against the unsharded model; `update_` works on the shard, and waits for nothing."""
+    gm = discriminator("step")
+    twin = copy.deepcopy(gm)
+    fully_shard(gm, mesh=one_rank)
+    model = torch.compile(gm) if compiled else gm
+    for m, each in ((gm, model), (twin, twin)):
+        optimizer = torch.optim.SGD(m.parameters(), 0.1)
+        update_after(optimizer, m)
+        torch.manual_seed(1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            each(torch.randn(4, 3, 8, 8, device=DEVICE)).square().mean().backward()
+            optimizer.step()
+    assert all(sharded.is_sharded(site.weight) for site in gm.sites())
+    for name, want in twin.state_dict().items():
+        if want.is_floating_point():
+            assert relative_error(sharded.full(gm.state_dict()[name]), want) < 1e-4, name
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update_(gm)
+        sigmas(gm, residual=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [row.fqn for row in report(gm).rows] == [row.fqn for row in report(twin).rows]
+    x = torch.randn(2, 3, 8, 8, device=DEVICE)
+    assert torch.equal(freeze(gm.eval())(x), gm(x))

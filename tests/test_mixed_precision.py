@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 
 import specnorm_fx
-from specnorm_fx import freeze, reference, report, sigmas, transform, update_, warm_up_
+from specnorm_fx import freeze, reference, report, sigmas, transform, update_, update_after, warm_up_
 from specnorm_fx.graph_module import spectral_norm_node
 from tests.models import LAYERS, MODELS, CalledTwice, Discriminator, case_named, parametrize, relative_error
 
@@ -344,7 +344,7 @@ def test_a_step_that_grad_scaler_skips(update, implementation, fused):
     gm = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)), update=update)
     optimizer = torch.optim.Adam(gm.parameters(), lr=0.02, fused=fused)
     if update == "step":
-        optimizer.register_step_post_hook(lambda *_: update_(gm))
+        update_after(optimizer, gm)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
     x = torch.randn(16, 6)
     first = amp_step(gm, optimizer, scaler, x)
