@@ -1,7 +1,7 @@
 """u and v moved outside of the forward: `update_` once per step, `warm_up_` until they have converged."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from specnorm_fx import ops, reference
 from specnorm_fx.graph_module import Site, resolve
@@ -64,7 +64,9 @@ def _update_together_(sites: list[Site]) -> None:
 def warm_up_(model: nn.Module, n: int | None = None, tol: float | None = None) -> None:
     """Let u and v of every weight converge: after an overwrite of the weights, say.
 
-    Loading a checkpoint without u and v does it by itself.
+    Loading a checkpoint without u and v does it by itself. u and v that are zero, NaN or inf, as torch's own
+    spectral norm can leave them behind, start anew, by the same numbers on every rank. NaN or inf in a weight
+    changes nothing.
 
     Args:
         model: A transformed model, also inside ``torch.compile`` or DDP; in any mode.
@@ -82,7 +84,8 @@ def warm_up_(model: nn.Module, n: int | None = None, tol: float | None = None) -
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value!r}.")
     for site in resolve(model).sites():
-        config, weight_mat, (u, v) = site.config, site.matrix(), site.vectors()
+        config, weight_mat = site.config, site.matrix()
+        u, v = (_with_direction(x, config.eps) for x in site.vectors())
         if n is not None:
             u, v = reference.power_iteration(weight_mat, u, v, n, config.eps, config.order)
         else:
@@ -90,3 +93,12 @@ def warm_up_(model: nn.Module, n: int | None = None, tol: float | None = None) -
             u, v = reference.converge(weight_mat, u, v, config.eps, config.order, tolerance)
         site.u.copy_(u)
         site.v.copy_(v)
+
+
+def _with_direction(x: Tensor, eps: float) -> Tensor:
+    """The vector, or a random one in place of one that no iteration could move."""
+    # Not the global generator: the ranks of DDP draw other numbers from theirs.
+    generator = torch.Generator(x.device).manual_seed(0)
+    other = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    norm = x.norm(2, dim=0, keepdim=True)
+    return torch.where((norm > eps) & norm.isfinite(), x, other / other.norm())

@@ -2,14 +2,16 @@
 
 import copy
 import inspect
+import os
+import re
+import signal
+import time
 import warnings
 
 import pytest
 import torch
-import torch._inductor.config
 import torch.nn.functional as F
 from torch import nn
-from torch._dynamo.backends.registry import lookup_backend
 from torch.nn.parallel import DistributedDataParallel
 
 from specnorm_fx import gradient_penalty, ops, sigmas, transform, update_, warm_up_
@@ -115,6 +117,17 @@ def unequal(state, other):
 
 # --- Eager ---
 
+
+def in_two_parts(model, real, fake):
+    """The loss of the second half, after the first has left its gradients, which DDP did not synchronise."""
+    if not isinstance(model, DistributedDataParallel):
+        return logistic(model, real, fake)
+    first, second = zip(real.chunk(2), fake.chunk(2), strict=True)
+    with model.no_sync():
+        (logistic(model, *first) / 2).backward()
+    return logistic(model, *second) / 2
+
+
 SETTINGS = {
     "forward": ({}, {}, 50),
     "step": ({"update": "step"}, {}, 50),
@@ -124,6 +137,7 @@ SETTINGS = {
     "static graph": ({}, {"static_graph": True}, 3),
     "gradients in buckets": ({}, {"gradient_as_bucket_view": True}, 3),
     "small buckets": ({}, {"bucket_cap_mb": 1e-4}, 3),
+    "micro-batches": ({"update": "step"}, {}, 3),
 }
 
 
@@ -134,7 +148,8 @@ def train_in_every_setting(rank, names):
         torch.manual_seed(0)
         gm = transform(Critic().double(), **options)
         alone = copy.deepcopy(gm)
-        results[name] = train(rank, distributed(gm, **ddp_options), steps, alone)
+        loss = in_two_parts if name == "micro-batches" else logistic
+        results[name] = train(rank, distributed(gm, **ddp_options), steps, alone, loss)
     return results
 
 
@@ -147,28 +162,6 @@ def test_gradients_are_those_of_one_process_and_vectors_the_same(world_size, nam
         for error, state in (results[name] for results in ranks):
             assert error < TOLERANCE, name
             assert not unequal(state, ranks[0][name][1]), name
-
-
-def in_two_parts(model, real, fake):
-    """The loss of the second half, after the first has left its gradients, which DDP did not synchronise."""
-    if not isinstance(model, DistributedDataParallel):
-        return logistic(model, real, fake)
-    first, second = zip(real.chunk(2), fake.chunk(2), strict=True)
-    with model.no_sync():
-        (logistic(model, *first) / 2).backward()
-    return logistic(model, *second) / 2
-
-
-def train_in_micro_batches(rank):
-    gm = transform(Critic().double(), update="step")
-    alone = copy.deepcopy(gm)
-    return train(rank, distributed(gm), 3, alone, in_two_parts)
-
-
-def test_micro_batches_without_synchronisation():
-    (error, state), (other_error, other_state) = run_ranks(train_in_micro_batches, 2)
-    assert max(error, other_error) < TOLERANCE
-    assert not unequal(state, other_state)
 
 
 # --- Batch norm, dropout, a layer without use ---
@@ -208,7 +201,7 @@ def compiled(rank, backend, around_ddp, select, steps):
 
     def count(graph_module, inputs):
         calls.append([node.target for node in graph_module.graph.nodes].count(ops.normalize))
-        return lookup_backend(backend)(graph_module, inputs)
+        return torch._dynamo.lookup_backend(backend)(graph_module, inputs)
 
     gm = transform(Wide().double(), select)
     alone = copy.deepcopy(gm)
@@ -219,17 +212,15 @@ def compiled(rank, backend, around_ddp, select, steps):
     return *train(rank, wrapped, steps, alone, shape=(16,)), calls
 
 
-SOME = ["first", "middle", "last"]
 # With every weight at the head there is nothing to cut; a large layer beside them is cut off.
 COMPILED = {
     "around DDP": (("inductor", True, None, 50), [1]),
-    "around DDP, cut": (("aot_eager", True, SOME, 3), [1, 0]),
-    "inside DDP, cut": (("aot_eager", False, SOME, 3), [1, 0]),
+    "inside DDP, cut": (("aot_eager", False, ["first", "middle", "last"], 3), [1, 0]),
 }
 
 
-@torch._inductor.config.patch(compile_threads=1)  # a pool of processes would take longer to start
 def compiled_in_both_orders(rank):
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a pool of processes would take longer to start
     results = {}
     for name, (arguments, _) in COMPILED.items():
         torch._dynamo.reset()
@@ -336,3 +327,27 @@ def test_different_seeds_without_any_broadcast(differently_seeded, warm):
     signs = [torch.dot(end[0][key], other_end[0][key]).item() for key in vectors]
     assert [abs(x) for x in signs] == pytest.approx([1] * len(signs), abs=1e-6)
     assert [x > 0 for x in signs[::2]] == [x > 0 for x in signs[1::2]]
+
+
+# --- Ranks that die ---
+
+
+def train_until_a_rank_dies(rank):
+    wrapped = distributed(transform(Critic()))
+    for number in range(5):
+        if rank == 1 and number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        start = time.monotonic()
+        try:
+            wrapped(torch.randn(2, 1, 4, 4)).sum().backward()
+        except RuntimeError as error:
+            raise RuntimeError(f"step {number} failed after {time.monotonic() - start:.3f} s") from error
+
+
+def test_a_killed_rank_is_an_error_on_the_others_within_the_timeout():
+    timeout = 10
+    outcomes = run_ranks(train_until_a_rank_dies, 3, check=False, backend_timeout=timeout)
+    assert outcomes[1] == "died"
+    for outcome in (outcomes[0], outcomes[2]):
+        (seconds,) = re.findall(r"step 2 failed after ([\d.]+) s", outcome)
+        assert float(seconds) < timeout
