@@ -16,6 +16,8 @@ from typing import Any
 from models import CASES
 from variants import DIRECTIONS, LABELS, MODES, VARIANTS, variants_in
 
+from specnorm_fx.atomic import replaced
+
 __all__ = ["markdown", "write"]
 
 ABSENT = "-"
@@ -35,7 +37,8 @@ def write(path: Path) -> None:
     measured = results["models"]
     results["models"] = {name: measured[name] for name in CASES if name in measured}
     text = markdown(results)
-    path.with_suffix(".md").write_text(text)
+    with replaced(path.with_suffix(".md")) as written:
+        written.write_text(text)
     print(text)
     try:
         import matplotlib
@@ -313,7 +316,8 @@ def _draw(results: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=7, ncols=3, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
     figure.suptitle(f"{found.get('gpu', found['cpu'])}, torch {found['torch']}, {found['date']}", fontsize=10)
-    figure.savefig(path, dpi=120)
+    with replaced(path) as written:
+        figure.savefig(written, dpi=120)
     plt.close(figure)
 
 

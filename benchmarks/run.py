@@ -38,6 +38,8 @@ from variants import (
     variants_in,
 )
 
+from specnorm_fx.atomic import replaced
+
 # Fresh large tensors would else come from the system page by page, and the page faults swamp every number:
 # 17 ms instead of 0.3 ms for a clone of SNGAN-32's weights. So: no mmap (a large MALLOC_MMAP_THRESHOLD_ would
 # say the same, but glibc ignores one above its limit), nothing given back, large steps.
@@ -270,7 +272,8 @@ def main(argv: list[str] | None = None) -> None:
         for what in args.only:
             print(f"{time.perf_counter() - start:5.0f} s  {name}: {what}", file=sys.stderr, flush=True)
             measured[what] = MEASUREMENTS[what](case, args)
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            with replaced(path) as written:
+                written.write_text(json.dumps(results, indent=1) + "\n")
             # What this took goes back, and the compiled code.
             torch.compiler.reset()
             gc.collect()

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 import specnorm_fx
+from specnorm_fx.atomic import replaced
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -144,7 +145,8 @@ def train(real: Tensor, critic: nn.Module, generator: nn.Module, steps: int) -> 
 def score(out: Path, name: str, levels: Tensor, critic: nn.Module) -> float:
     """Mean score by export/score.py, in a process without torch; it must equal that of the critic here."""
     images = to_unit(levels)
-    np.save(out / f"{name}.npy", images.numpy())
+    with replaced(out / f"{name}.npy") as written:
+        np.save(written, images.numpy())
     command = [sys.executable, SCORE, out / "critic.onnx", out / f"{name}.npy", "--json"]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     scores = [entry["score"] for entry in json.loads(result.stdout)]
@@ -167,7 +169,8 @@ def inception_score(levels: Tensor, classifier: CalibratedClassifierCV) -> float
 def draw_digits(levels: Tensor, path: Path, rows: int = 8, columns: int = 12) -> None:
     tiles = F.pad(levels[: rows * columns], (1, 1, 1, 1)).view(rows, columns, 10, 10)
     picture = tiles.permute(0, 2, 1, 3).reshape(rows * 10, columns * 10)
-    plt.imsave(path, np.kron(picture.numpy(), np.ones((8, 8))), cmap="gray", vmin=0, vmax=16)
+    with replaced(path) as written:
+        plt.imsave(written, np.kron(picture.numpy(), np.ones((8, 8))), cmap="gray", vmin=0, vmax=16)
 
 
 def draw_sigmas(trace: Trace, path: Path) -> None:
@@ -183,7 +186,8 @@ def draw_sigmas(trace: Trace, path: Path) -> None:
     axes[0, 0].set_ylabel("largest singular value")
     axes[1, 0].set_ylabel("relative difference")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=110)
+    with replaced(path) as written:
+        figure.savefig(written, dpi=110)
     plt.close(figure)
 
 
@@ -247,7 +251,8 @@ def main(argv: list[str] | None = None) -> int:
         ),
     ]
     summary = "\n\n".join(sections) + "\n"
-    (args.out / "summary.md").write_text(summary)
+    with replaced(args.out / "summary.md") as written:
+        written.write_text(summary)
     print(summary)
     return 0 if means["heldout"] > max(means["shuffled"], means["noise"]) else 1
 

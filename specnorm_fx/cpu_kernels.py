@@ -222,7 +222,7 @@ class _Plan:
     Attributes:
         sites: The weights, as the C code takes them.
         transposed: Whether the rows of the matrix in memory are v's.
-        places: The address of `_places` of each, or 0.
+        places: The address of `_places` of each, or 0; valid as long as the plan lives.
         sizes: Elements of every u, then of every v.
         size: Of all together.
         is_dense: Whether no weight has gaps between its elements.
@@ -232,7 +232,10 @@ class _Plan:
         layouts = [_layout(*weight) for weight in weights]
         self.sites = (_Site * len(layouts))(*[site for site, _, _ in layouts])
         self.transposed = [transposed for _, transposed, _ in layouts]
-        self.places = [places for _, _, places in layouts]
+        # Kept, and not left to the cache of `_places`: of two threads that fill it at once the second throws
+        # out what the first has taken.
+        self._places = [places for _, _, places in layouts]
+        self.places = [0 if places is None else places.data_ptr() for places in self._places]
         ms = [shape[dim] for shape, _, dim, *_ in weights]
         ns = [math.prod(shape) // m for (shape, *_), m in zip(weights, ms, strict=True)]
         self.sizes = ms + ns
@@ -268,7 +271,7 @@ def _plan(*columns: tuple[Any, ...]) -> _Plan:
 
 def _layout(
     shape: Sequence[int], stride: Sequence[int], dim: int, order: str, iterations: int, eps: float
-) -> tuple[_Site, bool, int]:
+) -> tuple[_Site, bool, Tensor | None]:
     """A weight as the matrix that it is in memory: its form, whether that is transposed, and `_places`.
 
     In memory it is ``[a, m, b]``: what comes before, at and after ``dim``. ``a`` is 1 for a contiguous
@@ -284,12 +287,12 @@ def _layout(
     columns = [d for d in in_memory if d != dim and shape[d] > 1]
     places = _places(tuple(shape), tuple(columns)) if columns != sorted(columns) else None
     if b == 1 and a > 1 and places is None:  # [n, m]: the rows are v's
-        return _Site(a, 1, m, m, 0, order == "vu", iterations, eps), True, 0
+        return _Site(a, 1, m, m, 0, order == "vu", iterations, eps), True, None
     site = _Site(m, a, b, b, m * b, order == "uv", iterations, eps)
-    return site, False, 0 if places is None else places.data_ptr()
+    return site, False, places
 
 
-@functools.cache  # for good: the C code is given their addresses
+@functools.lru_cache(maxsize=256)
 def _places(shape: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:
     """Where in v each column stands, in the order of memory."""
     logical = sorted(columns)

@@ -5,10 +5,11 @@ file stand at its path only after ``verify`` has passed.
 """
 
 import contextlib
+import glob
+import hashlib
 import importlib
 import logging
 import os
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from specnorm_fx.atomic import replaced
 from specnorm_fx.freeze import freeze
 from specnorm_fx.graph_module import resolve
 
@@ -90,7 +92,7 @@ def export(
         model: A transformed model in eval mode, or what `specnorm_fx.freeze` made of one.
         args: Example inputs: one tensor, or a tuple of positional arguments.
         path: The file to write; an existing one is replaced. Above 1.5 GiB of weights they go into
-            ``path`` + ``.data``.
+            a file beside it, ``<path>.<hash>.data``; that of the file replaced is removed.
         dynamic_batch: The first dimension of every input tensor is free, under the name ``batch``.
         dynamic_shapes: Instead of ``dynamic_batch``: as in ``torch.export.export``.
         input_names: Names of the graph's inputs; by default those of the forward's arguments.
@@ -126,7 +128,7 @@ def export(
     frozen = freeze(gm) if gm.sites() else gm
 
     target = Path(path)
-    with _folder_beside(target) as folder:
+    with replaced(target) as written:
         with _quiet_exporter():
             program: Any = torch.onnx.export(
                 frozen,
@@ -146,17 +148,15 @@ def export(
             )
         _name_initializers_(program.model, frozen)
         _drop_stack_traces_(program.model)
-        written = folder / target.name
         program.save(written)
+        data = _name_data_by_content(written)
         batches = _random_batches(args, n_batches, dynamic_batch)
         try:
             verification = verify(written, gm, batches, rtol=rtol)
         except VerificationError as error:
             message = str(error).replace(str(written), str(target))
             raise VerificationError(f"{message} No file was written.") from error
-        # The weights first: the graph must never stand there without them.
-        for file in sorted(folder.iterdir(), key=lambda file: file == written):
-            file.replace(target.parent / file.name)
+    _remove_older_data(target, data)
     return replace(verification, path=target)
 
 
@@ -292,20 +292,42 @@ def _drop_stack_traces_(model: Any) -> None:
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
 
 
-@contextlib.contextmanager
-def _folder_beside(target: Path) -> Iterator[Path]:
-    """A temporary folder on the file system of the target, so that moving into place is atomic."""
-    try:
-        if target.is_dir():
-            raise IsADirectoryError("it is a folder")
-        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as error:
-        raise type(error)(
-            f"The ONNX file {target} cannot be written: {error.strerror or error}. Give the path of a "
-            f"file in an existing, writable folder."
-        ) from error
-    with folder as name:
-        yield Path(name)
+def _name_data_by_content(written: Path) -> str | None:
+    """Name the file of the weights, if there is one, by what is in it.
+
+    Two files cannot be replaced in one step. By a fixed name, an export killed between the two would leave
+    the old graph with the new weights.
+
+    Args:
+        written: The file of the graph.
+
+    Returns:
+        The name.
+    """
+    data = written.with_name(f"{written.name}.data")
+    if not data.exists():
+        return None
+    (onnx,) = _require("onnx")
+    digest = hashlib.sha256()
+    with data.open("rb") as file:
+        while chunk := file.read(2**24):
+            digest.update(chunk)
+    name = f"{written.name}.{digest.hexdigest()[:16]}.data"
+    proto = onnx.load(written, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    onnx.save(proto, written)
+    data.rename(data.with_name(name))
+    return name
+
+
+def _remove_older_data(target: Path, current: str | None) -> None:
+    """The weights of the graphs that have stood at ``target`` before."""
+    for file in target.parent.glob(f"{glob.escape(target.name)}.{'[0-9a-f]' * 16}.data"):
+        if file.name != current:
+            file.unlink()
 
 
 @contextlib.contextmanager

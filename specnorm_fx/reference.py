@@ -229,11 +229,11 @@ def random_start(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         v: ``[n]``, likewise.
 
     Returns:
-        The same numbers at every call; the global generator is left alone.
+        Unit vectors, the same at every call; the global generator is left alone.
     """
     generator = torch.Generator(u.device).manual_seed(0)
     new_u, new_v = (torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) for x in (u, v))
-    return new_u, new_v
+    return new_u / new_u.norm(), new_v / new_v.norm()
 
 
 @torch.no_grad()

@@ -75,8 +75,10 @@ def warm_up_(model: nn.Module, n: int | None = None, tol: float | None = None) -
     """Let u and v of every weight converge: after an overwrite of the weights, say.
 
     Loading a checkpoint without u and v does it by itself. But for ``n`` it starts anew, so it finds the
-    largest singular value also where u and v rest at another one, or have no direction (as opposite vectors
-    average to). Where the largest two are closer than 0.2 % it may stop between them.
+    largest singular value also where u and v rest at another one. Where the largest two are closer than
+    0.2 % it may stop between them. u and v that have no direction (zero, as opposite vectors average to; NaN
+    or inf, as torch's own spectral norm can leave them) start anew in any case, by the same numbers on every
+    rank. A weight with NaN or inf leaves the others as they are.
 
     Args:
         model: As in `update_`; in any mode. All ranks must call it if its weights are sharded.
@@ -94,12 +96,21 @@ def warm_up_(model: nn.Module, n: int | None = None, tol: float | None = None) -
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value!r}.")
     for site in sites_of(model).values():
-        config, weight_mat, (u, v) = site.config, site.matrix(), site.vectors()
+        config, weight_mat = site.config, site.matrix()
+        anew = reference.random_start(*site.vectors())
+        u, v = (_directed(x, other, config.eps) for x, other in zip(site.vectors(), anew, strict=True))
         if n is not None:
             u, v = reference.power_iteration(weight_mat, u, v, n, config.eps, config.order)
         else:
             tolerance = reference.CONVERGENCE_TOLERANCE if tol is None else tol
-            start = reference.random_start(u, v)
-            u, v = reference.converge(weight_mat, *start, config.eps, config.order, tolerance)
+            new_u, new_v = reference.converge(weight_mat, *anew, config.eps, config.order, tolerance)
+            finite = reference.sigma(weight_mat, new_u, new_v).isfinite()
+            u, v = torch.where(finite, new_u, u), torch.where(finite, new_v, v)
         site.u.copy_(u)
         site.v.copy_(v)
+
+
+def _directed(x: Tensor, other: Tensor, eps: float) -> Tensor:
+    """The vector, or another in place of one that no iteration could move."""
+    norm = x.norm(2, dim=0, keepdim=True)
+    return torch.where((norm > eps) & norm.isfinite(), x, other)

@@ -77,6 +77,9 @@ def _outcome(reader, deadline):
 
 def _rank(rank, world_size, folder, backend_timeout, writer, function, args):
     warnings.simplefilter("error")
+    # torch 2.13 using, inside itself, what it has deprecated; as in pyproject.toml.
+    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
