@@ -35,7 +35,7 @@ class SpectralNorm(nn.Module):
         # As text, which Dynamo takes for a constant: a float attribute becomes an input of the graph under
         # dynamic=True, and then costs a second analysis (torch 2.13).
         self._eps = tuple(repr(config.eps) for config in configs)
-        self._auto = tuple(i for i, config in enumerate(configs) if config.implementation == "auto")
+        self._auto = frozenset(i for i, config in enumerate(configs) if config.implementation == "auto")
 
     def forward(self, weights: list[Tensor], us: list[Tensor], vs: list[Tensor]) -> list[Tensor]:
         """Normalise each weight.
@@ -89,11 +89,10 @@ class SpectralNorm(nn.Module):
         """The sites by how they are computed, as many together as one call takes."""
         spread = [i for i in sites if sharded.is_sharded(weights[i])]
         auto = [i for i in sites if i in self._auto and i not in spread]
-        groups = [[auto[k] for k in group] for group in ops.groups([weights[i] for i in auto])]
-        taken = {i for group in (spread, *groups) for i in group}
+        ways = [(_TOGETHER, [auto[k] for k in group]) for group in ops.groups([weights[i] for i in auto])]
+        taken = {i for _, group in (*ways, (_SHARDED, spread)) for i in group}
         others = [i for i in sites if i not in taken]
-        ways = [*((_TOGETHER, group) for group in groups), (_REFERENCE, others), (_SHARDED, spread)]
-        return [(way, group) for way, group in ways if group]
+        return [*ways, *((way, group) for way, group in ((_REFERENCE, others), (_SHARDED, spread)) if group)]
 
     def _options(
         self, sites: list[int], iterates: list[bool]
@@ -125,10 +124,13 @@ def _store_(buffers: Sequence[list[Tensor]], vectors: Sequence[list[Tensor]], co
     The graph goes on with the fresh tensors, never with the buffers: two forwards followed by one
     backward (D(real) - D(fake)) would find saved buffers overwritten.
     """
-    moved = [k for k, count in enumerate(counts + counts) if count]
-    if moved:
-        stored, fresh = [*buffers[0], *buffers[1]], [*vectors[0], *vectors[1]]
-        torch._foreach_copy_([stored[k] for k in moved], [fresh[k] for k in moved])
+    if not any(counts):
+        return
+    stored, fresh = [*buffers[0], *buffers[1]], [*vectors[0], *vectors[1]]
+    if not all(counts):
+        moved = [k for k, count in enumerate(counts + counts) if count]
+        stored, fresh = [stored[k] for k in moved], [fresh[k] for k in moved]
+    torch._foreach_copy_(stored, fresh)
 
 
 # --- How sites are computed. Each takes (weights, us, vs, n, eps, dims, orders). ---
