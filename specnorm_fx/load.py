@@ -13,6 +13,7 @@ import os
 import pickle
 import sys
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from glob import escape
 from pathlib import Path
@@ -209,7 +210,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _read_pickle(path: Path, file: Any) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # About TorchScript, or a pickle protocol; the error after it says more.
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise LoadError(
             f"{path} holds other objects than tensors, or is no checkpoint. It is refused, since unpickling "
@@ -288,7 +292,7 @@ def write_checkpoint(state_dict: Mapping[str, Any], path: str | os.PathLike[str]
                     torch.save(state_dict, file)
         except OSError as error:
             raise type(error)(
-                f"{path} cannot be written: {error.strerror}. Nothing was left behind."
+                f"{path} cannot be written: {error.strerror or error}. Nothing was left behind."
             ) from error
 
 
@@ -362,7 +366,12 @@ def load_model(
     named = _normalized(state_dict)
     try:
         transformed = transform(model, [escape(fqn) for fqn in named] if named and not select else select)
-    except (TypeError, ValueError, IndexError, RuntimeError, TraceError) as error:
+    except TraceError as error:
+        raise LoadError(
+            f"Spectral norm cannot be put on the model: {error} Or give the model as a .pt2 file: "
+            f"torch.export.save(torch.export.export(model, args), path)."
+        ) from error
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise LoadError(f"Spectral norm cannot be put on the model: {error}") from error
     if checkpoint is not None:
         _load_(transformed, state_dict, Path(checkpoint))

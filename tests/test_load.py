@@ -1,7 +1,8 @@
 """Tests of loading: models by name, checkpoints from anywhere, example inputs."""
 
+import functools
 import os
-import textwrap
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,55 +25,7 @@ from specnorm_fx.load import (
     strip_wrappers,
     write_checkpoint,
 )
-
-SHAPE = (2, 3, 16, 16)
-MODEL = """
-    import sys
-    from torch import nn
-
-    class Discriminator(nn.Module):
-        def __init__(self, channels=8):
-            super().__init__()
-            self.blocks = nn.Sequential(
-                nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
-                nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
-            )
-            self.up = nn.ConvTranspose2d(channels, 4, 2, stride=2)
-            self.fc = nn.Linear(4 * 8 * 8, 1)
-
-        def forward(self, image):
-            return self.fc(self.up(self.blocks(image)).flatten(1))
-
-    class Labelled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-            self.embed = nn.Embedding(10, 4)
-
-        def forward(self, image, label):
-            h = self.conv(image).mean((2, 3))
-            return h.sum(1), (self.embed(label) * h).sum(1)
-
-    def with_torch_sn():
-        from torch.nn.utils.parametrizations import spectral_norm
-        model = Discriminator()
-        spectral_norm(model.fc, n_power_iterations=2)
-        return model
-
-    class Factories:
-        small = staticmethod(lambda: Discriminator(4))
-
-    def leaves():
-        sys.exit("bye")
-"""
-NORMALIZED = ("blocks.0.weight", "up.weight", "fc.weight")  # not blocks.2
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "model.py"
-    path.write_text(textwrap.dedent(MODEL))
-    return path
+from tests.factories import FILE, NORMALIZED, SHAPE, normalized_by, train
 
 
 @pytest.fixture(autouse=True)
@@ -81,24 +34,8 @@ def _in_folder(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)  # restores what loading puts on sys.path
 
 
-def build(model_file, factory="Discriminator", **kwargs):
-    return build_model(f"{model_file}:{factory}", kwargs)
-
-
-def train(model, shape=SHAPE):
-    """Two steps, so that weights, u and v are none that a start would give."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(torch.randn(shape)).square().mean().backward()
-        optimizer.step()
-    return model.eval()
-
-
-def normalized_by(sn, model):
-    for fqn in NORMALIZED:
-        sn(model.get_submodule(fqn.removesuffix(".weight")))
-    return train(model)
+def build(factory="Discriminator", **kwargs):
+    return build_model(f"{FILE}:{factory}", kwargs)
 
 
 def assert_same_outputs(model, trained, tolerance=2e-6):
@@ -111,20 +48,15 @@ def assert_same_outputs(model, trained, tolerance=2e-6):
 # --- Models --------------------------------------------------------------------------------------
 
 
-def test_module_from_the_current_folder(model_file):
+def test_module_from_the_current_folder():
     Path("factories_here").mkdir()
-    Path("factories_here/small.py").write_text(model_file.read_text())
+    Path("factories_here/small.py").write_text(FILE.read_text())
     model = build_model("factories_here.small:Factories.small", {})
     assert model.blocks[0].out_channels == 4
 
 
-def test_an_exit_of_the_factory_is_an_error(model_file):
-    with pytest.raises(LoadError, match=r"failed \(it calls sys.exit\(bye\)\)"):
-        build(model_file, "leaves")
-
-
-def test_program(model_file):
-    model = train(build(model_file))
+def test_program():
+    model = train(build())
     example = torch.randn(SHAPE)
     torch.export.save(torch.export.export(model, (example,)), "disc.pt2")
     loaded = load_model("disc.pt2", {}, select=["fc"])
@@ -132,7 +64,7 @@ def test_program(model_file):
     assert torch.equal(loaded.fc.weight, model.fc.weight)
     assert torch.equal(program_inputs("disc.pt2")[0], example)
     # A checkpoint goes into a program as into a model.
-    trained = normalized_by(parametrizations.spectral_norm, build(model_file))
+    trained = normalized_by(parametrizations.spectral_norm, build())
     torch.save(trained.state_dict(), "disc.pt")
     assert_same_outputs(load_model("disc.pt2", {}, "disc.pt"), trained)
     with pytest.raises(LoadError, match="kwargs are for a factory"):
@@ -144,25 +76,25 @@ def test_program(model_file):
 
 @pytest.mark.parametrize("name", ["disc.pt", "disc.safetensors", "dïsc ø.safetensors"])
 @pytest.mark.parametrize("sn", [parametrizations.spectral_norm, nn.utils.spectral_norm])
-def test_torch_checkpoint(model_file, sn, name):
-    trained = normalized_by(sn, build(model_file, channels=6))
+def test_torch_checkpoint(sn, name):
+    trained = normalized_by(sn, build(channels=6))
     write_checkpoint(trained.state_dict(), name)
-    loaded = load_model(f"{model_file}:Discriminator", {"channels": 6}, name)
+    loaded = load_model(f"{FILE}:Discriminator", {"channels": 6}, name)
     assert [site.fqn for site in loaded.sites()] == list(NORMALIZED)
     assert_same_outputs(loaded, trained)
 
 
-def test_own_checkpoint(model_file):
-    trained = train(specnorm_fx.transform(build(model_file), ["up", "fc"]))
+def test_own_checkpoint():
+    trained = train(specnorm_fx.transform(build(), ["up", "fc"]))
     torch.save(trained.state_dict(), "disc.pt")
-    assert_same_outputs(load_model(f"{model_file}:Discriminator", {}, "disc.pt"), trained, 0)
+    assert_same_outputs(load_model(f"{FILE}:Discriminator", {}, "disc.pt"), trained, 0)
 
 
 @pytest.mark.parametrize("select", [None, ["blocks.*", "fc"]])
-def test_plain_checkpoint(model_file, caplog, select):
-    trained = train(build(model_file))
+def test_plain_checkpoint(caplog, select):
+    trained = train(build())
     torch.save({"epoch": 3, "state_dict": trained.state_dict()}, "disc.pt")
-    loaded = load_model(f"{model_file}:Discriminator", {}, "disc.pt", select)
+    loaded = load_model(f"{FILE}:Discriminator", {}, "disc.pt", select)
     assert "There were no u and v to load" in caplog.text
     selected = ["blocks.0.weight", "blocks.2.weight", *([] if select else ["up.weight"]), "fc.weight"]
     assert [site.fqn for site in loaded.sites()] == selected
@@ -175,25 +107,25 @@ def test_plain_checkpoint(model_file, caplog, select):
     assert_same_outputs(loaded, trained, 1e-4)
 
 
-def test_oldest_hook_checkpoint(model_file):
-    trained = normalized_by(nn.utils.spectral_norm, build(model_file))
+def test_oldest_hook_checkpoint():
+    trained = normalized_by(nn.utils.spectral_norm, build())
     state = {key: value for key, value in trained.state_dict().items() if not key.endswith("_v")}
     torch.save(state, "disc.pt")
-    loaded = load_model(f"{model_file}:Discriminator", {}, "disc.pt")
+    loaded = load_model(f"{FILE}:Discriminator", {}, "disc.pt")
     assert [site.fqn for site in loaded.sites()] == list(NORMALIZED)
 
 
-def test_wrapped_checkpoint_of_a_model_with_torch_sn(model_file):
-    trained = train(build(model_file, "with_torch_sn"))
+def test_wrapped_checkpoint_of_a_model_with_torch_sn():
+    trained = train(build("with_torch_sn"))
     state = {f"module._orig_mod.{key}": value for key, value in trained.state_dict().items()}
     torch.save({"model": state}, "disc.pt")
-    loaded = load_model(f"{model_file}:with_torch_sn", {}, "disc.pt")
+    loaded = load_model(f"{FILE}:with_torch_sn", {}, "disc.pt")
     assert loaded.sites()[0].config.n_power_iterations == 2
     assert_same_outputs(loaded, trained)
 
 
-def test_own_prefix_is_kept(model_file):
-    model = nn.ModuleDict({"module": build(model_file)})
+def test_own_prefix_is_kept():
+    model = nn.ModuleDict({"module": build()})
     assert strip_wrappers(model.state_dict(), model).keys() == model.state_dict().keys()
     wrapped = {f"_orig_mod.{key}": 0 for key in model.state_dict()}
     assert strip_wrappers(wrapped, model).keys() == model.state_dict().keys()
@@ -201,8 +133,8 @@ def test_own_prefix_is_kept(model_file):
 
 @pytest.mark.parametrize("layout", LAYOUTS[:3])
 @pytest.mark.parametrize("name", ["disc.pt", "disc.safetensors"])
-def test_a_written_checkpoint_is_read_back(model_file, layout, name):
-    state = specnorm_fx.convert_state_dict(specnorm_fx.transform(build(model_file)).state_dict(), to=layout)
+def test_a_written_checkpoint_is_read_back(layout, name):
+    state = specnorm_fx.convert_state_dict(specnorm_fx.transform(build()).state_dict(), to=layout)
     write_checkpoint(state, name)
     read = read_checkpoint(name)
     assert list(read) == list(state) or name.endswith(".safetensors")  # which sorts
@@ -228,6 +160,14 @@ def test_only_a_regular_file_is_replaced(name):
     assert Path(name).is_fifo()
 
 
+def test_without_safetensors(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    Path("disc.safetensors").write_bytes(b"")
+    for use in (read_checkpoint, functools.partial(write_checkpoint, {})):
+        with pytest.raises(ImportError, match=r"pip install 'specnorm-fx\[safetensors\]'"):
+            use("disc.safetensors")
+
+
 def test_sha256():
     Path("abc").write_bytes(b"abc")
     assert sha256("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -236,8 +176,8 @@ def test_sha256():
 # --- Inputs --------------------------------------------------------------------------------------
 
 
-def test_example_inputs_by_order_and_by_name(model_file):
-    model = specnorm_fx.transform(build(model_file, "Labelled").double()).eval()
+def test_example_inputs_by_order_and_by_name():
+    model = specnorm_fx.transform(build("Labelled").double()).eval()
     image, label = Input(None, (2, 3, 6, 6)), Input(None, (2,), torch.int64)
     by_order = example_inputs(model, [image, label])
     by_name = example_inputs(model, [label._replace(name="label"), image._replace(name="image")])
