@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +22,16 @@ import torch
 import specnorm_fx
 from specnorm_fx.checkpoint import LAYOUTS, find_weights
 from specnorm_fx.graph_module import SpectralNormGraphModule
-from specnorm_fx.inputs import DTYPES, Input, calibration_batches, example_inputs, file_inputs, program_inputs
+from specnorm_fx.inputs import (
+    DTYPES,
+    Input,
+    calibration_batches,
+    example_inputs,
+    file_inputs,
+    one_row_more,
+    program_inputs,
+    try_inputs,
+)
 from specnorm_fx.load import (
     LoadError,
     brief,
@@ -80,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         torch.manual_seed(0)  # the same command writes the same file, also where u and v start at random
-        with contextlib.redirect_stdout(sys.stderr), _progress(args.command):
+        with contextlib.redirect_stdout(sys.stderr), _progress(args.command), warnings.catch_warnings():
+            # torch 2.13, on a copy of what torch.export has made.
+            warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
             result = args.run(args)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -108,6 +120,8 @@ def _export(args: argparse.Namespace) -> str:
         example = program_inputs(args.model)
     else:
         raise LoadError(f"--input must give the shape of a batch for {args.model}, such as 1x3x64x64.")
+    if args.dynamic_batch:  # the exporter fixes a size that the model has fixed, without a word
+        try_inputs(model, one_row_more(example))
     source = args.checkpoint or args.model
     if args.output.exists() and args.output.samefile(source):
         raise LoadError(f"--output must be another file than {source}, which the weights come from.")

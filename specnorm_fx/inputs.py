@@ -12,7 +12,16 @@ from torch import Tensor, fx
 from specnorm_fx import onnx
 from specnorm_fx.load import LoadError, brief, read_program
 
-__all__ = ["DTYPES", "Input", "calibration_batches", "example_inputs", "file_inputs", "program_inputs"]
+__all__ = [
+    "DTYPES",
+    "Input",
+    "calibration_batches",
+    "example_inputs",
+    "file_inputs",
+    "one_row_more",
+    "program_inputs",
+    "try_inputs",
+]
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -103,18 +112,40 @@ def example_inputs(model: fx.GraphModule, inputs: Sequence[Input]) -> tuple[Tens
         )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     examples = tuple(_random(named[name].shape, named[name].dtype or dtype) for name in given)
+    try_inputs(model, examples)
+    return examples
+
+
+def try_inputs(model: fx.GraphModule, examples: tuple[Any, ...]) -> None:
+    """Run a model on inputs, to see that it does.
+
+    Args:
+        model: In eval mode.
+        examples: Its arguments, by position.
+
+    Raises:
+        LoadError: It does not.
+    """
     interpreter = fx.Interpreter(model)  # the model itself, called, would print a traceback
     interpreter.extra_traceback = False
     try:
         with torch.no_grad():
             interpreter.run(*examples)
     except Exception as error:  # it is the user's code
-        sizes = ", ".join("x".join(map(str, example.shape)) for example in examples)
+        sizes = ", ".join("x".join(map(str, x.shape)) for x in examples if isinstance(x, Tensor))
         raise LoadError(
             f"The model does not run on an input of {sizes} ({brief(error)}). Give the shapes of a training "
-            f"batch."
+            f"batch; a program takes what it was exported for."
         ) from error
-    return examples
+
+
+def one_row_more(examples: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same inputs in a batch of another size.
+
+    Args:
+        examples: Tensors with the batch first; what is no tensor stays.
+    """
+    return tuple(torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.ndim else x for x in examples)
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

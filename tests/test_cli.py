@@ -161,6 +161,11 @@ def test_a_program_brings_weights_and_inputs(handed_on):
     assert options["axes"] is options["external_data"] is options["calibration"] is None
 
 
+def test_a_program_for_one_batch_size(folder, capsys):
+    torch.export.save(torch.export.export(Discriminator().eval(), (torch.randn(SHAPE),)), "disc.pt2")
+    assert_fails(capsys, ("export", "disc.pt2", "-o", "out.onnx", "--dynamic-batch"), "an input of 3x3x16x16")
+
+
 def test_verify(folder, capsys):
     assert run("verify", "disc.onnx", "--model", *LOADED, "--batches", "2") == 0
     assert "agrees with the model on 2 batches" in capsys.readouterr().out
