@@ -159,12 +159,16 @@ def _export(args: argparse.Namespace) -> str:
 
 
 def _verify(args: argparse.Namespace) -> str:
-    # First, since a file that is no ONNX is an error, and not a difference.
-    shapes = [file_inputs(args.file, batch=number + 1) for number in range(args.batches)]
+    taken = specnorm_fx.onnx.inputs_of(args.file)  # a file that is no ONNX is an error, and not a difference
     model = _trained(args)
-    batches = [example_inputs(model, args.input or inputs) for inputs in shapes]
+    sizes = range(1, args.batches + 1)
+    batches = [example_inputs(model, args.input or file_inputs(taken, size)) for size in sizes]
     verification = specnorm_fx.onnx.verify(args.file, model, batches, rtol=args.rtol, structure=True)
-    return str(verification.to_json() if args.json else verification)
+    if args.json:
+        return str(verification.to_json())
+    errors = ", ".join(f"{decade}: {count}" for decade, count in verification.histogram.items())
+    same = "operators: those of the model without spectral norm"
+    return f"{verification}\nrelative errors by decade: {errors}\n{same}"
 
 
 def _inspect(args: argparse.Namespace) -> str:

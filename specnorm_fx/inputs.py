@@ -1,7 +1,7 @@
 """The inputs of a model: random ones of given shapes, those of a program, and stored ones for calibration."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from specnorm_fx import onnx
 from specnorm_fx.load import LoadError, brief, read_program
 
 __all__ = [
@@ -61,29 +60,26 @@ def program_inputs(spec: str) -> tuple[Any, ...]:
     return tuple(args)
 
 
-def file_inputs(path: str | os.PathLike[str], batch: int) -> list[Input]:
-    """What an ONNX file takes.
+def file_inputs(taken: Mapping[str, tuple[tuple[int | None, ...], str]], batch: int) -> list[Input]:
+    """Shapes that fit what an ONNX file takes.
 
     Args:
-        path: The file.
+        taken: From `specnorm_fx.onnx.inputs_of`.
         batch: The size to take for a first dimension that is free.
 
     Returns:
         One for each input of the graph, in order; floats are to be of the model's dtype.
 
     Raises:
-        ImportError: The extra ``onnx`` is not installed.
-        FileNotFoundError: There is no such file.
-        ValueError: It is no valid ONNX file.
         LoadError: Another dimension is free, or a dtype is none that a model takes.
     """
     inputs = []
-    for name, (sizes, dtype) in onnx.inputs_of(path).items():
+    for name, (sizes, dtype) in taken.items():
         if sizes[:1] == (None,):
             sizes = (batch, *sizes[1:])
         shape = tuple(size for size in sizes if size is not None)
         if shape != sizes or dtype not in DTYPES:
-            raise LoadError(f"{path} leaves the shape of its input {name!r} open: give the inputs' shapes.")
+            raise LoadError(f"The file leaves the shape of its input {name!r} open: give the inputs' shapes.")
         inputs.append(Input(None, shape, None if DTYPES[dtype].is_floating_point else DTYPES[dtype]))
     return inputs
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shlex
 import shutil
@@ -168,7 +169,9 @@ def test_a_program_for_one_batch_size(folder, capsys):
 
 def test_verify(folder, capsys):
     assert run("verify", "disc.onnx", "--model", *LOADED, "--batches", "2") == 0
-    assert "agrees with the model on 2 batches" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "agrees with the model on 2 batches" in out
+    assert re.search(r"\nrelative errors by decade: \S+: \d+", out)
     assert run("verify", "disc.onnx", "--model", *SHAPED, "--batches", "1", "--json") == 0
     assert json.loads(capsys.readouterr().out)["batches"] == 1
 
