@@ -26,7 +26,7 @@ from specnorm_fx.atomic import replaced
 from specnorm_fx.freeze import freeze
 from specnorm_fx.graph_module import resolve
 
-__all__ = ["Verification", "VerificationError", "export", "verify"]
+__all__ = ["Verification", "VerificationError", "export", "inputs_of", "verify"]
 
 Args: TypeAlias = "Tensor | tuple[Any, ...]"
 
@@ -364,6 +364,39 @@ def _refuse_training(model: nn.Module) -> None:
             f"{type(model).__name__} is in training mode, and the file would hold what one training step "
             f"computes. Call .eval() first."
         )
+
+
+def inputs_of(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int | None, ...], str]]:
+    """What an ONNX file takes, once ``onnx.checker`` has found the file valid.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Input names to sizes (``None`` where free) and the dtype's name (``"float32"``).
+
+    Raises:
+        ImportError: The extra ``onnx`` is not installed.
+        FileNotFoundError: There is no such file.
+        ValueError: It is no valid ONNX file.
+    """
+    (onnx,) = _require("onnx")
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no ONNX file {path}.")
+    try:
+        onnx.checker.check_model(path, full_check=True)
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception as error:  # types of its own, and those of protobuf, directly under Exception
+        raise ValueError(f"{path} is not a valid ONNX model: {error}") from error
+    initializers = {tensor.name for tensor in graph.initializer}
+    inputs = {}
+    for value in graph.input:
+        if value.name not in initializers:
+            tensor = value.type.tensor_type
+            sizes = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+            inputs[value.name] = (sizes, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
+    return inputs
 
 
 def _as_list(inputs: Any) -> list[Any]:
