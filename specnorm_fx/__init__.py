@@ -11,6 +11,7 @@ from specnorm_fx.freeze import freeze as freeze
 from specnorm_fx.freeze import frozen_state_dict as frozen_state_dict
 from specnorm_fx.passes import SpectralNormPass as SpectralNormPass
 from specnorm_fx.passes import transform as transform
+from specnorm_fx.report import SigmaLogger as SigmaLogger
 from specnorm_fx.report import report as report
 from specnorm_fx.report import sigmas as sigmas
 from specnorm_fx.update import update_ as update_
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FuseSpectralNorm",
+    "SigmaLogger",
     "SpectralNormConfig",
     "SpectralNormPass",
     "convert_state_dict",

@@ -31,6 +31,8 @@ __all__ = ["Inspection", "Row", "inspect_checkpoint", "inspect_model", "inspect_
 # rows and columns than this only the largest is computed, by power iteration.
 SPECTRUM_SIZE = 2048
 
+HEADER = ("weight", "shape", "dtype", "status", "sigma", "exact", "residual", "condition")
+
 # How far from 1 the exact sigma of a divided weight may be before it is pointed out. One iteration a step
 # leaves sigma some per cent behind.
 LAG = 0.1
@@ -44,8 +46,8 @@ class Row:
         fqn: Its name.
         shape: Its shape.
         dtype: As torch calls it, without ``torch.``.
-        status: ``"normalised"``; ``"to be normalised"``: what ``transform(model)`` would; ``"skipped"``; of an
-            ONNX file ``"divided"``; ``"plain"`` where nothing is said of it.
+        status: ``"normalised"``; ``"to be normalised"``: what ``transform(model)`` would; ``"skipped"``; of
+            an ONNX file ``"divided"``; ``"plain"`` where nothing is said of it.
         why: Of what is skipped, or out of the ordinary.
         sigma: By the stored u and v; of an ONNX file what the weight was divided by.
         exact: The largest singular value of the weight as it is stored.
@@ -82,10 +84,9 @@ class Inspection:
     notes: dict[str, str]
 
     def __str__(self) -> str:
-        header = ("weight", "shape", "dtype", "status", "sigma", "exact", "residual", "condition")
         return "\n".join(
             [
-                table([header, *map(_cells, self.rows)], left=4),
+                table([HEADER, *map(_cells, self.rows)], left=4),
                 *(f"{row.fqn}: {row.why}" for row in self.rows if row.why),
                 *(f"{name}: {value}" for name, value in self.notes.items()),
             ]
@@ -116,10 +117,10 @@ class Inspection:
         spectra, bars = figure.subplots(1, 2)
         drawn = [row for row in rows if len(row.spectrum) > 1 and row.spectrum[0] > 0]
         for row in drawn:
-            places = [i / (len(row.spectrum) - 1) for i in range(len(row.spectrum))]
+            ranks = [i / (len(row.spectrum) - 1) for i in range(len(row.spectrum))]
             values = [value / row.spectrum[0] for value in row.spectrum]
             # Rounding is no value, and would stretch the axis over 16 decades.
-            spectra.plot(places, [v if v > 1e-7 else math.nan for v in values], linewidth=1, alpha=0.8)
+            spectra.plot(ranks, [v if v > 1e-7 else math.nan for v in values], linewidth=1, alpha=0.8)
         spectra.set(
             yscale="log",
             title=f"singular values of {len(drawn)} weights",
@@ -178,9 +179,9 @@ def inspect_model(model: nn.Module) -> Inspection:
             model = transform(model)
     rows = []
     for fqn, site in sites_of(model).items():
-        weight = sharded.full(site.weight.detach())
+        whole = sharded.full(site.weight.detach())
         vectors = site.vectors() if status == "normalised" else None
-        rows.append(_row(fqn, weight, site.config.dim or 0, status, vectors=vectors, eps=site.config.eps))
+        rows.append(_row(fqn, whole, site.config.dim or 0, status, vectors=vectors, eps=site.config.eps))
     found = transformed(model)
     normalised = {row.fqn for row in rows}
     for name, gm in found.items():
@@ -212,8 +213,10 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
     seen: set[str | None] = set()
     for fqn, keys in find_weights(state_dict):
         seen |= {fqn, *keys}
-        weight, u, v = (None if key is None else state_dict.get(key) for key in keys)
-        vectors = None if v is None else (u, v)
+        weight, u, v = (state_dict.get(str(key)) for key in keys)
+        if weight is None:
+            continue
+        vectors = None if u is None or v is None else (u, v)
         dim = next((d for d, size in enumerate(weight.shape) if _fits(weight, d, vectors)), None)
         if dim is None:
             rows.append(_row(fqn, weight, 0, "normalised", "u and v do not fit its shape"))
@@ -231,8 +234,8 @@ def inspect_onnx(path: str | os.PathLike[str]) -> Inspection:
     """Every weight of an ONNX file, alone: the divided weights should have sigma 1.
 
     Args:
-        path: An ONNX file, its external data beside it. One that `specnorm_fx.onnx.export` has written says in
-            its metadata what each weight was divided by.
+        path: An ONNX file, its external data beside it. One that `specnorm_fx.onnx.export` has written
+            says in its metadata what each weight was divided by.
 
     Raises:
         ImportError: The extra ``onnx`` is not installed.
@@ -247,7 +250,9 @@ def inspect_onnx(path: str | os.PathLike[str]) -> Inspection:
         tensor = torch.from_numpy(weight.array)
         row = _row(weight.name, tensor, weight.dim, "plain" if sigma is None else "divided", sigma=sigma)
         if sigma is not None and row.exact is not None and abs(row.exact - 1) > LAG:
-            row = Row(**{**vars(row), "why": f"divided by sigma, and its largest singular value is {row.exact:.4g}"})
+            row = Row(
+                **{**vars(row), "why": f"divided by sigma, and its largest singular value is {row.exact:.4g}"}
+            )
         rows.append(row)
     notes = {name: value for name, value in metadata.items() if name != "specnorm_fx.sigmas"}
     return Inspection(os.path.basename(path), tuple(rows), notes)
@@ -289,6 +294,7 @@ def _row(
         "status": status,
         "why": why,
         "sigma": sigma,
+        "residual": None,
     }
     if weight.numel() == 0:
         return Row(**about | {"why": why or "empty"})
@@ -309,6 +315,9 @@ def _row(
     values = torch.linalg.svdvals(matrix)
     smallest, exact = values[-1].item(), values[0].item()
     full_rank = smallest > exact * max(matrix.shape) * torch.finfo(values.dtype).eps
+    both = about["sigma"] is not None and about["residual"] is not None
+    if both and abs(about["sigma"] - exact) > LAG * exact:
+        about["why"] = why or "u and v are not of this weight: specnorm_fx.warm_up_ mends them"
     return Row(
         **about,
         exact=exact,
@@ -349,19 +358,22 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 76
 h1 { font-size: 1.3rem; overflow-wrap: anywhere; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
+th, td { text-align: right; white-space: nowrap; }
 th:nth-child(-n+4), td:nth-child(-n+4) { text-align: left; }
 td:first-child { font-family: ui-monospace, monospace; font-size: .85em; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 tr:hover { background: var(--soft); }
 svg { display: block; }
 polyline { fill: none; stroke: var(--mark); stroke-width: 1.5; }
 .why { opacity: .75; white-space: normal; }
-dt { font-family: ui-monospace, monospace; font-size: .85em; } dd { margin: 0 0 .5rem 1rem; overflow-wrap: anywhere; }
+dt { font-family: ui-monospace, monospace; font-size: .85em; }
+dd { margin: 0 0 .5rem 1rem; overflow-wrap: anywhere; }
 """
 
 
 def _page(found: Inspection) -> str:
-    header = ("weight", "shape", "dtype", "status", "sigma", "exact", "residual", "condition", "singular values")
+    header = "".join(f"<th>{name}</th>" for name in (*HEADER, "singular values"))
     lines = []
     for row in found.rows:
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row))
@@ -375,9 +387,8 @@ def _page(found: Inspection) -> str:
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{STYLE}</style>\n<h1>{title}</h1>\n"
-        f"<p>{len(found.rows)} weights. The curve is of the singular values relative to the largest, on a "
-        f"logarithmic scale of seven decades.</p>\n"
-        f'<div class="table"><table>\n<thead><tr>{"".join(f"<th>{name}</th>" for name in header)}</tr></thead>\n'
+        f"<p>{len(found.rows)} weights. The curve: the singular values, relative to the largest.</p>\n"
+        f'<div class="table"><table>\n<thead><tr>{header}</tr></thead>\n'
         f"<tbody>\n{chr(10).join(lines)}\n</tbody></table></div>\n"
         f"{f'<dl>{notes}</dl>' if notes else ''}\n</html>\n"
     )
@@ -394,5 +405,4 @@ def _curve(spectrum: tuple[float, ...], width: int = 120, height: int = 28) -> s
 def _points(spectrum: tuple[float, ...], width: int, height: int) -> Iterator[tuple[float, float]]:
     step = max(1, len(spectrum) // width)  # no more points than pixels
     for i in range(0, len(spectrum), step):
-        decades = -math.log10(max(spectrum[i] / spectrum[0], 1e-7))
-        yield 1 + (width - 2) * i / (len(spectrum) - 1), 1 + (height - 2) * decades / 7
+        yield 1 + (width - 2) * i / (len(spectrum) - 1), 1 + (height - 2) * (1 - spectrum[i] / spectrum[0])

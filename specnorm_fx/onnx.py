@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -408,3 +408,54 @@ def _require(*names: str) -> list[Any]:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:
         raise ImportError(f"specnorm_fx.onnx needs {error.name}: pip install 'specnorm-fx[onnx]'.") from error
+
+
+class Weight(NamedTuple):
+    """A weight in an ONNX file."""
+
+    name: str
+    array: np.ndarray
+    dim: int
+
+
+# Which dimension of the weight is the output's, by the operator that takes it as its second input.
+OUTPUT_DIMS = {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}
+
+
+def weights_of(path: str | os.PathLike[str]) -> tuple[list[Weight], dict[str, str]]:
+    """The weights of the layers in an ONNX file, and its metadata.
+
+    Args:
+        path: The file, its external data beside it.
+
+    Returns:
+        The initializers that a Conv, ConvTranspose, Gemm or MatMul takes as its weight, or a Gather as its
+        table, in the order of use; and ``metadata_props``.
+
+    Raises:
+        ImportError: The extra ``onnx`` is not installed.
+        OSError: The file, or its external data, cannot be read.
+        ValueError: It is no ONNX file.
+    """
+    (onnx,) = _require("onnx")
+    try:
+        model = onnx.load(path)
+    except OSError:
+        raise
+    except Exception as error:  # protobuf's own types, and those of onnx
+        raise ValueError(f"{path} is damaged or no ONNX file: {error}") from error
+    if not model.graph.node:
+        raise ValueError(f"{path} is damaged or no ONNX file: it has no nodes.")
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    found: dict[str, Weight] = {}
+    for node in model.graph.node:
+        place, dim = (0, 0) if node.op_type == "Gather" else (1, OUTPUT_DIMS.get(node.op_type))
+        if node.op_type == "Gemm":
+            dim = 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
+        name = node.input[place] if len(node.input) > place else ""
+        if dim is None or name not in initializers or name in found:
+            continue
+        array = onnx.numpy_helper.to_array(initializers[name])
+        if array.ndim > 1 and array.dtype.kind in "fc":
+            found[name] = Weight(name, array.copy(), dim)
+    return list(found.values()), {entry.key: entry.value for entry in model.metadata_props}

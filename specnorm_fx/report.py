@@ -1,7 +1,9 @@
 """A look at sigma: `sigmas` for logging in training, `report` for everything about every weight."""
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from specnorm_fx import capture, reference, sharded
 from specnorm_fx.graph_module import sites_of, transformed
 
-__all__ = ["Report", "Row", "Sigma", "report", "sigmas"]
+__all__ = ["Report", "Row", "Sigma", "SigmaLogger", "report", "sigmas", "table"]
 
 
 class Sigma(NamedTuple):
@@ -64,6 +66,72 @@ def sigmas(model: nn.Module, *, residual: bool = False) -> dict[str, Tensor] | d
     return found
 
 
+class SigmaLogger:
+    """Sigma and residual of every weight over the training, for TensorBoard.
+
+    Called once in a step, after the optimizer's, it waits for nothing: on CUDA the values are copied to the
+    host in the background, and written by a later call, when they have arrived.
+
+        log = SigmaLogger(SummaryWriter("runs/1"), critic)
+        for step in range(steps):
+            ...
+            log(step)
+        log.flush()
+
+    Args:
+        writer: A ``torch.utils.tensorboard.SummaryWriter``, or anything with its ``add_scalar(tag, value,
+            step)``. None on ranks that write nothing: all ranks must call a sharded model's logger.
+        model: As in `sigmas`.
+
+    Raises:
+        TypeError: ``model`` holds no transformed model.
+    """
+
+    def __init__(self, writer: Any, model: nn.Module) -> None:
+        self._writer = writer
+        self._model = model
+        self._pending: deque[tuple[int, list[str], Tensor, Any]] = deque()
+        sites_of(model)  # which refuses a model that is not transformed
+
+    def __call__(self, step: int) -> None:
+        """Log the present sigmas.
+
+        Args:
+            step: The number of the step.
+        """
+        found = sigmas(self._model, residual=True)
+        tags = [f"{name}/{fqn}" for fqn in found for name in ("sigma", "residual")]
+        if self._writer is None or not tags:
+            return
+        device = next(iter(found.values())).sigma.device
+        values = torch.stack(
+            [x.to(device, torch.float64, non_blocking=True) for s in found.values() for x in s]
+        )
+        arrived = None
+        if device.type == "cuda":
+            pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            pinned.copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(device))
+            values = pinned
+        self._pending.append((step, tags, values, arrived))
+        while self._pending and (self._pending[0][3] is None or self._pending[0][3].query()):
+            self._write()
+
+    def flush(self) -> None:
+        """Write what is on its way; waits for it."""
+        while self._pending:
+            arrived = self._pending[0][3]
+            if arrived is not None:
+                arrived.synchronize()
+            self._write()
+
+    def _write(self) -> None:
+        step, tags, values, _ = self._pending.popleft()
+        for tag, value in zip(tags, values.tolist(), strict=True):
+            self._writer.add_scalar(tag, value, step)
+
+
 @dataclass(frozen=True)
 class Row:
     """One normalised weight.
@@ -97,7 +165,7 @@ class Report:
 
     def __str__(self) -> str:
         header = ("weight", "shape", "sigma", "exact", "residual")
-        table = [header] + [
+        cells = [
             (
                 row.fqn,
                 "x".join(map(str, row.shape)),
@@ -107,16 +175,26 @@ class Report:
             )
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in table
-        ]
+        lines = [table([header, *cells], left=2)]
         lines += [f"{fqn}: skipped, {why}" for fqn, why in self.skipped.items()]
         return "\n".join(lines)
+
+
+def table(lines: Sequence[Sequence[str]], left: int) -> str:
+    """Lines of cells as text in columns.
+
+    Args:
+        lines: The header first, all of one length.
+        left: How many columns are flush left; the others are numbers.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ def test_public_names():
     assert specnorm_fx.__all__ == sorted(specnorm_fx.__all__)
     assert set(specnorm_fx.__all__) == {
         "FuseSpectralNorm",
+        "SigmaLogger",
         "SpectralNormConfig",
         "SpectralNormPass",
         "convert_state_dict",

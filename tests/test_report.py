@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from specnorm_fx import report, sigmas, transform, warm_up_
+from specnorm_fx import SigmaLogger, report, sigmas, transform, warm_up_
 from tests.models import Discriminator, relative_error
 
 
@@ -85,3 +85,54 @@ def test_report_names_layers_inside_an_opaque_one():
         skipped["1.linear2.weight"]
         == "inside '1' (TransformerEncoderLayer), which the graph calls as a whole"
     )
+
+
+class Writer:
+    def __init__(self):
+        self.scalars = []
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.append((tag, value, step))
+
+
+def test_sigma_logger_writes_sigma_and_residual():
+    gm = transform(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)))
+    writer = Writer()
+    log = SigmaLogger(writer, gm)
+    for step in range(3):
+        gm(torch.randn(2, 6))
+        log(step)
+    log.flush()
+    assert [tag for tag, _, step in writer.scalars if step == 1] == [
+        f"{name}/{i}.weight" for i in (0, 1) for name in ("sigma", "residual")
+    ]
+    assert [step for *_, step in writer.scalars] == [0] * 4 + [1] * 4 + [2] * 4
+    last = {tag: value for tag, value, step in writer.scalars if step == 2}
+    for fqn, found in sigmas(gm, residual=True).items():
+        assert last[f"sigma/{fqn}"] == found.sigma.item()
+        assert last[f"residual/{fqn}"] == found.residual.item()
+
+
+def test_sigma_logger_without_a_writer_writes_nothing():
+    """As on the ranks that have none."""
+    log = SigmaLogger(None, transform(nn.Linear(2, 2)))
+    log(0)
+    log.flush()
+    with pytest.raises(TypeError, match="holds no transformed model"):
+        SigmaLogger(None, nn.Linear(2, 2))
+
+
+def test_sigma_logger_with_tensorboard(tmp_path):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    gm = transform(nn.Linear(6, 5))
+    with tensorboard.SummaryWriter(tmp_path) as writer:
+        log = SigmaLogger(writer, gm)
+        log(7)
+        log.flush()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {"sigma/weight", "residual/weight"}
+    (event,) = events.Scalars("sigma/weight")
+    assert event.step == 7
+    assert event.value == pytest.approx(sigmas(gm)["weight"].item(), rel=1e-6)

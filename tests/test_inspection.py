@@ -1,0 +1,284 @@
+"""`inspect_model`, `inspect_checkpoint` and `inspect_onnx`, and what they are shown as."""
+
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.utils import spectral_norm as hook_sn
+from torch.nn.utils.parametrizations import spectral_norm as torch_sn
+
+import specnorm_fx
+from specnorm_fx import transform, warm_up_
+from specnorm_fx.inspection import HEADER, inspect_checkpoint, inspect_model, inspect_onnx
+from specnorm_fx.onnx import weights_of
+from tests.models import LAYERS, Discriminator, Labelled, apply_torch_sn, case_named, parametrize
+
+
+def by_name(inspection):
+    return {row.fqn: row for row in inspection.rows}
+
+
+def exact_of(weight, dim=0):
+    matrix = specnorm_fx.reference.weight_matrix(weight.detach(), dim)
+    return torch.linalg.svdvals(matrix.double())
+
+
+# --- Models ---
+
+
+@parametrize(LAYERS)
+def test_every_kind_of_layer(case):
+    gm = transform(case.build())
+    warm_up_(gm, tol=1e-9)
+    (row,) = inspect_model(gm).rows
+    values = exact_of(gm.weight, gm.sites()[0].config.dim)
+    assert (row.fqn, row.shape, row.dtype, row.status) == (
+        "weight",
+        tuple(gm.weight.shape),
+        "float32",
+        "normalised",
+    )
+    assert row.exact == pytest.approx(values[0].item(), rel=1e-5)
+    assert row.sigma == pytest.approx(row.exact, rel=1e-4)
+    assert row.spectrum == pytest.approx(values.tolist(), rel=1e-3, abs=1e-5)
+    assert row.condition == pytest.approx((values[0] / values[-1]).item(), rel=1e-3)
+    assert row.why == ""
+
+
+def test_what_is_normalised_would_be_or_is_skipped():
+    state = torch.get_rng_state()
+    model = Discriminator()
+    plain = by_name(inspect_model(model))
+    torch.set_rng_state(state)
+    assert {row.status for name, row in plain.items() if name != "unused.weight"} == {"to be normalised"}
+    assert all(row.sigma is None and row.residual is None for row in plain.values())
+    assert (plain["unused.weight"].status, plain["unused.weight"].why) == (
+        "skipped",
+        "not used in the forward",
+    )
+    assert not any(isinstance(m, specnorm_fx.graph_module.SpectralNormGraphModule) for m in model.modules())
+
+    ours = by_name(inspect_model(transform(Discriminator(), "fc")))
+    assert ours["fc.weight"].status == "normalised"
+    assert ours["blocks.0.conv1.weight"].why == "not selected"
+
+    theirs = apply_torch_sn(Discriminator(), ("fc.weight",), torch_sn)
+    found = by_name(inspect_model(theirs))["fc.weight"]
+    u, v = theirs.fc.parametrizations.weight[0]._u, theirs.fc.parametrizations.weight[0]._v
+    assert found.sigma == pytest.approx((u @ theirs.fc.parametrizations.weight.original @ v).item(), rel=1e-6)
+
+
+def test_inspecting_draws_no_random_numbers():
+    model, state = nn.Linear(3, 2), torch.get_rng_state()
+    inspect_model(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_out_of_the_ordinary():
+    gm = transform(nn.Sequential(*[nn.Linear(6, 6) for _ in range(5)]))
+    nn.init.normal_(gm.get_submodule("0").weight, std=9)
+    gm.get_submodule("1").weight.data[0, 0] = torch.nan
+    gm.get_submodule("2").weight_u[0] = torch.inf
+    gm.get_submodule("3").weight.data.zero_()
+    gm.get_submodule("4").weight.data[1:] = 0
+    rows = by_name(inspect_model(gm))
+    assert "not of this weight" in rows["0.weight"].why
+    assert rows["0.weight"].residual > 0.5
+    assert rows["1.weight"].why == "NaN or inf in the weight"
+    assert rows["1.weight"].exact is None
+    assert "NaN or inf in u or v" in rows["2.weight"].why
+    assert rows["2.weight"].sigma is None
+    assert (rows["3.weight"].sigma, rows["3.weight"].exact, rows["3.weight"].condition) == (0, 0, None)
+    assert rows["4.weight"].condition is None  # of rank 1
+    assert json.loads(inspect_model(gm).to_json())["weights"][1]["exact"] is None
+
+
+def test_large_weights_by_power_iteration(monkeypatch):
+    monkeypatch.setattr(specnorm_fx.inspection, "SPECTRUM_SIZE", 4)
+    layer = nn.Linear(8, 6, bias=False)
+    (row,) = inspect_model(layer).rows
+    assert row.exact == pytest.approx(exact_of(layer.weight)[0].item(), rel=1e-4)
+    assert (row.spectrum, row.condition) == ((), None)
+    assert "by power iteration" in row.why
+
+
+# --- Checkpoints ---
+
+
+@pytest.mark.parametrize("layout", ["specnorm_fx", "parametrizations", "hook", "oldest"])
+def test_checkpoints_of_every_layout(tmp_path, layout):
+    names = ("conv.weight", "fc.weight")
+    if layout == "specnorm_fx":
+        model = transform(Labelled())
+    else:
+        model = apply_torch_sn(Labelled(), names, torch_sn if layout == "parametrizations" else hook_sn)
+    state = model.state_dict()
+    if layout == "oldest":
+        state = {key: x for key, x in state.items() if not key.endswith("_v")}
+    torch.save(state, tmp_path / "c.pt")
+    rows = by_name(inspect_checkpoint(tmp_path / "c.pt"))
+    assert {name: row.status for name, row in rows.items()} == {
+        "conv.weight": "normalised",
+        "fc.weight": "normalised",
+        "embed.weight": "plain",
+    }
+    for name in names:
+        assert (rows[name].sigma is None) == (layout == "oldest")
+        assert rows[name].exact > 0
+
+
+def test_a_checkpoint_says_the_output_dimension_by_u(tmp_path):
+    gm = transform(case_named("conv_transpose2d").build())
+    torch.save(gm.state_dict(), tmp_path / "c.pt")
+    (row,) = inspect_checkpoint(tmp_path / "c.pt").rows
+    assert row.exact == pytest.approx(exact_of(gm.weight, 1)[0].item(), rel=1e-5)
+    assert row.sigma == pytest.approx(row.exact, rel=0.2)
+
+
+def test_u_and_v_that_do_not_fit(tmp_path):
+    state = transform(nn.Linear(3, 2)).state_dict()
+    torch.save(state | {"weight_u": torch.ones(5)}, tmp_path / "c.pt")
+    (row,) = inspect_checkpoint(tmp_path / "c.pt").rows
+    assert "do not fit" in row.why
+    assert row.sigma is None
+
+
+# --- ONNX files ---
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.ConvTranspose2d(4, 5, 3),
+        nn.Flatten(2),
+        nn.Linear(64, 6),
+        nn.Flatten(),
+        nn.Linear(30, 2),
+    )
+    gm = transform(model)
+    warm_up_(gm, tol=1e-9)
+    path = tmp_path_factory.mktemp("inspection") / "d.onnx"
+    specnorm_fx.onnx.export(gm.eval(), torch.randn(2, 3, 8, 8), path)
+    return gm, path
+
+
+def test_weights_of_an_onnx_file(exported):
+    gm, path = exported
+    found, _ = weights_of(path)
+    frozen = specnorm_fx.frozen_state_dict(gm)
+    assert {w.name for w in found} == {site.fqn for site in gm.sites()}
+    for weight in found:
+        want = specnorm_fx.reference.weight_matrix(frozen[weight.name], 1 if weight.name == "1.weight" else 0)
+        got = specnorm_fx.reference.weight_matrix(torch.from_numpy(weight.array), weight.dim)
+        assert torch.linalg.svdvals(got).tolist() == pytest.approx(
+            torch.linalg.svdvals(want).tolist(), rel=1e-4
+        )
+
+
+def test_a_divided_weight_has_sigma_1(exported):
+    gm, path = exported
+    inspection = inspect_onnx(path)
+    sigmas = specnorm_fx.sigmas(gm)
+    for row in inspection.rows:
+        assert row.exact == pytest.approx(1, abs=1e-4)
+        assert (row.status, row.why) == ("divided", "")
+        assert row.sigma == pytest.approx(sigmas[row.fqn].item(), rel=1e-5)
+    assert "specnorm_fx.version" in inspection.notes
+
+
+@pytest.mark.parametrize("content", [b"", b"no onnx", b"\x08\x07"], ids=["empty", "text", "no_graph"])
+def test_no_onnx_file(tmp_path, content):
+    (tmp_path / "d.onnx").write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged or no ONNX file"):
+        inspect_onnx(tmp_path / "d.onnx")
+    with pytest.raises(FileNotFoundError):
+        inspect_onnx(tmp_path / "none.onnx")
+
+
+# --- As text, JSON, picture and page ---
+
+
+class Page(HTMLParser):
+    """The cells of the table, and what the page would load."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.loaded, self.open = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.open.append(tag)
+        self.loaded += [value for name, value in attributes if name in ("src", "href")]
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "td" in self.open or "th" in self.open:
+            self.cells[-1] += data
+
+
+def test_text_json_and_page_hold_every_weight(tmp_path):
+    inspection = inspect_model(Discriminator())
+    lines = str(inspection).splitlines()
+    assert lines[0].split() == [
+        "weight",
+        "shape",
+        "dtype",
+        "status",
+        "sigma",
+        "exact",
+        "residual",
+        "condition",
+    ]
+    assert [line.split()[0] for line in lines[1:9]] == [row.fqn for row in inspection.rows]
+    found = json.loads(inspection.to_json())
+    assert found["source"] == "Discriminator"
+    assert [weight["exact"] for weight in found["weights"]] == [row.exact for row in inspection.rows]
+
+    inspection.html(tmp_path / "d.html")
+    page = Page()
+    page.feed((tmp_path / "d.html").read_text())
+    assert not page.loaded
+    assert len(page.cells) == 9 * (1 + len(inspection.rows))
+    for row in inspection.rows:
+        assert row.fqn in page.cells
+
+
+def test_names_are_escaped_in_the_page(tmp_path):
+    name = "<script>alert(1)</script>"
+    torch.save({name: torch.ones(2, 2)}, tmp_path / "c.pt")
+    inspect_checkpoint(tmp_path / "c.pt").html(tmp_path / "c.html")
+    text = (tmp_path / "c.html").read_text()
+    assert name not in text
+    page = Page()
+    page.feed(text)
+    assert name in page.cells
+
+
+@pytest.mark.parametrize("depth", [1, 12])
+def test_a_picture_has_room_for_every_weight(tmp_path, depth):
+    inspection = inspect_model(transform(nn.Sequential(*[nn.Linear(8, 8) for _ in range(depth)])))
+    inspection.plot(tmp_path / "d.png")
+    with Image.open(tmp_path / "d.png") as image:
+        assert image.width > 1000
+        assert image.height >= 26 * depth
+        assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_files_replace_what_was_there_or_leave_it(tmp_path):
+    inspection = inspect_model(nn.Linear(2, 2))
+    with pytest.raises(OSError, match="cannot be written"):
+        inspection.html(tmp_path / "no" / "d.html")
+    (tmp_path / "d.html").write_text("old")
+    inspection.html(tmp_path / "d.html")
+    assert (tmp_path / "d.html").read_text().startswith("<!doctype html>")
+    assert [file.name for file in tmp_path.iterdir()] == ["d.html"]
