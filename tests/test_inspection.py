@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 
 import specnorm_fx
 from specnorm_fx import transform, warm_up_
-from specnorm_fx.inspection import HEADER, inspect_checkpoint, inspect_model, inspect_onnx
+from specnorm_fx.inspection import inspect_checkpoint, inspect_model, inspect_onnx
 from specnorm_fx.onnx import weights_of
 from tests.models import LAYERS, Discriminator, Labelled, apply_torch_sn, case_named, parametrize
 
