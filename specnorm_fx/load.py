@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 NESTED = ("state_dict", "model")  # where a training checkpoint keeps the state dict
 WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before every key
 QUOTED = 600  # characters of another's message: a state dict that does not fit may name thousands of keys
+SAVE_IT_AS_PROGRAM = "Save the model as it is before transform: torch.export.save(program, 'model.pt2')."
 SAVE_IT = "Save the state dict alone: torch.save(model.state_dict(), path)."
 
 
@@ -134,8 +135,7 @@ def read_program(spec: str) -> torch.export.ExportedProgram:
         return torch.export.load(spec)
     except Exception as error:  # of many kinds, for a file that is damaged
         raise LoadError(
-            f"{spec} is damaged or no program ({brief(error)}). Write it by torch.export.save, from "
-            f"the model before transform."
+            f"{spec} is damaged or no program of a plain model ({brief(error)}). {SAVE_IT_AS_PROGRAM}"
         ) from error
     finally:
         log.setLevel(level)
@@ -285,11 +285,11 @@ def write_checkpoint(state_dict: Mapping[str, Any], path: str | os.PathLike[str]
         }
     with replaced(path) as written:
         try:
-            with written.open("wb") as file:
+            with written.open("wb") as written_file:  # by its path, torch would raise a RuntimeError
                 if _is_safetensors(path):
-                    file.write(safetensors.save(whole, metadata={"format": "pt"}))
+                    written_file.write(safetensors.save(whole, metadata={"format": "pt"}))
                 else:
-                    torch.save(state_dict, file)
+                    torch.save(state_dict, written_file)
         except OSError as error:
             raise type(error)(
                 f"{path} cannot be written: {error.strerror or error}. Nothing was left behind."
@@ -368,8 +368,7 @@ def load_model(
         transformed = transform(model, [escape(fqn) for fqn in named] if named and not select else select)
     except TraceError as error:
         raise LoadError(
-            f"Spectral norm cannot be put on the model: {error} Or give the model as a .pt2 file: "
-            f"torch.export.save(torch.export.export(model, args), path)."
+            f"Spectral norm cannot be put on the model: {error} Or give a program. {SAVE_IT_AS_PROGRAM}"
         ) from error
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise LoadError(f"Spectral norm cannot be put on the model: {error}") from error

@@ -366,9 +366,9 @@ def _write(
         program.save(written, external_data=external_data)
         return written_opset
     with tempfile.TemporaryDirectory(dir=written.parent) as folder:
-        whole = Path(folder, written.name)
-        program.save(whole, external_data=external_data)
-        _quantize(whole, written, calibration, external_data)
+        written_whole = Path(folder, written.name)
+        program.save(written_whole, external_data=external_data)
+        _quantize(written_whole, written, calibration, external_data)
     return written_opset
 
 
