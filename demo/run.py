@@ -26,6 +26,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
 import specnorm_fx
@@ -105,9 +106,12 @@ class Trace:
         self.exact.append([torch.linalg.matrix_norm(weight, 2).item() for weight in weights])
 
 
-def train(real: Tensor, critic: nn.Module, generator: nn.Module, steps: int) -> tuple[nn.Module, Trace]:
+def train(
+    real: Tensor, critic: nn.Module, generator: nn.Module, steps: int, writer: SummaryWriter
+) -> tuple[nn.Module, Trace]:
     """Hinge loss, one critic step to one generator step; the generator's moving average, and sigma."""
     average, trace = copy.deepcopy(generator), Trace(critic)
+    log = specnorm_fx.SigmaLogger(writer, critic)
     # One graph for each of its two uses: D(real, fake), and D(G(z)) without gradients of the critic.
     compiled = torch.compile(critic, dynamic=False)
     opt_d = torch.optim.Adam(critic.parameters(), 4e-4, betas=(0.0, 0.9))
@@ -136,9 +140,11 @@ def train(real: Tensor, critic: nn.Module, generator: nn.Module, steps: int) -> 
         with torch.no_grad():
             for a, b in zip(average.state_dict().values(), generator.state_dict().values(), strict=True):
                 a.lerp_(b, 0.005) if a.is_floating_point() else a.copy_(b)
+        log(step)
         if step % 50 == 0 or step == steps - 1:
             trace.record(step)
             bar.set_postfix(loss_d=f"{loss_d.item():.2f}", loss_g=f"{loss_g.item():.2f}", refresh=False)
+    log.flush()
     return average.eval(), trace
 
 
@@ -213,7 +219,8 @@ def main(argv: list[str] | None = None) -> int:
     # 1. Train.
     real, heldout, labels, _ = load()
     generator, critic = Generator(), specnorm_fx.transform(Critic())
-    average, trace = train(real, critic, generator, args.steps)
+    with SummaryWriter(args.out / "runs") as writer:
+        average, trace = train(real, critic, generator, args.steps, writer)
 
     # 2. Freeze and export.
     critic.eval()

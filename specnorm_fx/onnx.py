@@ -165,8 +165,8 @@ def export(
         ImportError: The extra ``onnx`` is not installed.
         TypeError: ``model`` holds no transformed model.
         ValueError: Options that exclude each other, or are missing; ``args`` hold no tensor, ``axes`` name
-            none, or the exporter cannot write this opset.
-        RuntimeError: It is in training mode.
+            none or one that the model fixes, or the exporter cannot write this opset.
+        RuntimeError: It is in training mode, or torch's exporter fails on it.
         OSError: ``path`` cannot be written.
         VerificationError: The file does not agree with the model; none is left behind.
     """
@@ -200,7 +200,8 @@ def export(
             calibration=batches,
             opset_version=opset_version,
             external_data=size > EXTERNAL_ABOVE if external_data is None else external_data,
-            dynamic_shapes=_as_dims(args, free) if any(free) else dynamic_shapes,
+            free=free,
+            dynamic_shapes=dynamic_shapes,
             input_names=input_names,
             output_names=output_names,
         )
@@ -211,7 +212,8 @@ def export(
             )
         except VerificationError as error:
             message = str(error).replace(str(written), str(target))
-            raise VerificationError(f"{message} No file was written.") from error
+            remedy = " Calibrate on more data, or give a larger rtol." if precision == "int8" else ""
+            raise VerificationError(f"{message}{remedy} No file was written.") from error
         own |= {"opset": str(opset), "max_rel_error": f"{verification.max_rel_error:.2e}"}
         if gm.sites():
             own["sigmas"] = json.dumps({fqn: float(sigma) for fqn, sigma in sigmas(gm).items()})
@@ -326,7 +328,8 @@ def _write(
     calibration: list[tuple[Any, ...]],
     opset_version: int | None,
     external_data: bool,
-    dynamic_shapes: Any,
+    free: Axes,
+    dynamic_shapes: Any = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
 ) -> int:
@@ -340,17 +343,30 @@ def _write(
         opset_version = opset_version or BF16_OPSET
     _convert_(model, args, DTYPES[precision])
     as_fp32 = pytree.tree_map(_to(torch.float32), args)
-    with _quiet_exporter():
-        program: Any = torch.onnx.export(
-            model,
-            as_fp32,
-            dynamo=True,
-            verbose=False,
-            dynamic_shapes=dynamic_shapes,
-            input_names=input_names,
-            output_names=output_names,
-            opset_version=opset_version,
-        )
+    try:
+        with _quiet_exporter():
+            program: Any = torch.onnx.export(
+                model,
+                as_fp32,
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes=_as_dims(args, free) if any(free) else dynamic_shapes,
+                input_names=input_names,
+                output_names=output_names,
+                opset_version=opset_version,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise RuntimeError(
+            f"{type(model).__name__} cannot be written by the exporter of torch {torch.__version__}: {why}"
+        ) from error
+    # The exporter fixes a dimension that the model does not leave free, without a word.
+    for value, dims in zip(program.model.graph.inputs, free, strict=False):
+        if fixed := [dim for dim in dims if isinstance(value.shape[dim], int)]:
+            raise ValueError(
+                f"Dynamic dimensions must be free in the model, and dimension {fixed[0]} of {value.name!r} "
+                f"is always {value.shape[fixed[0]]} there. Leave it out of axes and dynamic_batch."
+            )
     written_opset: int = program.model.opset_imports[""]
     # The exporter only logs that it has kept its own opset.
     if opset_version not in (None, written_opset):
@@ -689,7 +705,7 @@ def _hold_structure(
             calibration=batches if precision == "int8" else [],
             opset_version=next(entry.version for entry in proto.opset_import if not entry.domain),
             external_data=sum(parameter.nbytes for parameter in plain.parameters()) > EXTERNAL_ABOVE,
-            dynamic_shapes=_as_dims(batches[0], free) if any(free) else None,
+            free=free,
         )
         want = _operators(onnx.load(Path(folder, "plain.onnx"), load_external_data=False))
     got = _operators(proto)

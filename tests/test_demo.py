@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 DEMO = Path(__file__).parent.parent / "demo" / "run.py"
 
 
@@ -17,4 +19,6 @@ def test_demo_leaves_its_results(tmp_path):
     summary = (tmp_path / "summary.md").read_text()
     assert run.stdout.strip() == summary.strip()
     assert "agrees with the model on 3 batches" in summary
+    events = EventAccumulator(str(tmp_path / "runs")).Reload()
+    assert len(events.Scalars("sigma/layers.0.weight")) == 20
     assert "critic.onnx: 1 Conv, 3 Gemm, 3 LeakyRelu, 1 Mul, 1 Reshape" in summary

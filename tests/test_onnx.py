@@ -278,7 +278,7 @@ def test_int8_per_channel(files, folded):
     assert LIMITS["fp32"] < report.max_rel_error < report.rtol == LIMITS["int8"]
     assert report.batches == 3
     assert {name: report.nodes[name] for name in ("Conv", "Gemm")} == {"Conv": 2, "Gemm": 1}
-    with pytest.raises(VerificationError, match=r"limit 1.000e-04. No file was written"):
+    with pytest.raises(VerificationError, match=r"limit 1.000e-04. Calibrate on .* No file was written"):
         export(
             folded[0],
             torch.randn(4, *IMAGES),
@@ -481,6 +481,10 @@ def test_named_dimensions(tmp_path):
         ({"axes": {"y": {0: "n"}}}, r"axes must name inputs \(x\), got y"),
         ({"axes": {"x": {2: "n"}}}, r"axes\['x'\] must name dimensions from 0 to 1, got 2"),
         ({"axes": {"x": {0: "a b"}}}, r"axes\['x'\]\[0\] must be a Python identifier or None, got 'a b'"),
+        (
+            {"axes": {"x": {1: "n"}}},
+            "Dynamic dimensions must be free in the model.*1 of 'x' is always 4 there",
+        ),
         ({"axes": {}, "dynamic_shapes": ({},)}, "dynamic_batch and axes, or dynamic_shapes, not both"),
         ({"precision": "fp8"}, "precision must be one of fp32, fp16, bf16, int8, got 'fp8'"),
         ({"precision": "int8"}, "calibration must be given for precision='int8'"),
@@ -512,6 +516,15 @@ def test_export_refuses_options(options, match, tmp_path):
 
     with pytest.raises(ValueError, match=match):
         export(transform(Layer()).eval(), torch.randn(2, 4), tmp_path / "d.onnx", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_exporter_cannot_write(tmp_path):
+    gm = transform(nn.Sequential(nn.Linear(4, 4), nn.AdaptiveMaxPool1d(3))).eval()
+    match = r"Sequential cannot be written by the exporter of torch .*adaptive_max_pool"
+    with pytest.raises(RuntimeError, match=match) as caught:
+        export(gm, torch.randn(2, 4), tmp_path / "d.onnx")
+    assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 

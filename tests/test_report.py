@@ -124,14 +124,13 @@ def test_sigma_logger_without_a_writer_writes_nothing():
 
 def test_sigma_logger_with_tensorboard(tmp_path):
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     gm = transform(nn.Linear(6, 5))
     with tensorboard.SummaryWriter(tmp_path) as writer:
         log = SigmaLogger(writer, gm)
         log(7)
         log.flush()
-    events = EventAccumulator(str(tmp_path)).Reload()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == {"sigma/weight", "residual/weight"}
     (event,) = events.Scalars("sigma/weight")
     assert event.step == 7
