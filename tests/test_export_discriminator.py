@@ -231,8 +231,8 @@ def test_score_of_the_file(model_file, capsys):
     images = torch.randn(3, *SHAPE[1:])
     np.save("images.npy", images.numpy())
     capsys.readouterr()
-    assert score.main(["disc.onnx", "images.npy", "--json"]) == 0
-    scores = [entry["score"] for entry in json.loads(capsys.readouterr().out)]
+    assert score.main(["disc.onnx", "images.npy", "--format", "jsonl"]) == 0
+    scores = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
     assert scores == pytest.approx(trained(images).flatten().tolist(), rel=1e-5, abs=1e-6)
 
 
