@@ -8,12 +8,13 @@ makes both anew from the numbers, say of a machine without matplotlib.
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from models import CASES
+from onnx_runtime import ONNX_LABELS
 from variants import DIRECTIONS, LABELS, MODES, VARIANTS, variants_in
 
 from specnorm_fx.atomic import replaced
@@ -59,7 +60,14 @@ def markdown(results: dict[str, Any]) -> str:
     found = results["environment"]
     where = ", ".join(f"{name} {value}" for name, value in found.items() if name not in ("device", "date"))
     sections = [f"# {found['device']}, {found['date']}", f"{where}.", _sizes(models)]
-    tables = {"step": _step, "sn": _sn, "penalty": _penalty, "compile": _compile, "memory": _memory}
+    tables = {
+        "step": _step,
+        "sn": _sn,
+        "penalty": _penalty,
+        "compile": _compile,
+        "memory": _memory,
+        "onnx": _onnx,
+    }
     for what, section in tables.items():
         measured = {name: model[what] for name, model in models.items() if what in model}
         if measured:
@@ -167,6 +175,28 @@ def _memory(measured: dict[str, Any]) -> list[str]:
         "## Peak memory of a training step, MiB",
         "No SN in full (on the CPU with what Python and torch take), the others above it.",
         _table(["model", "mode", *LABELS.values()], rows),
+    ]
+
+
+def _onnx(measured: dict[str, Any]) -> list[str]:
+    header = ["model", *ONNX_LABELS.values()]
+
+    def table(cell: Callable[[dict[str, Any]], str]) -> str:
+        rows = [
+            [name, *(cell(entry[v]) if v in entry else ABSENT for v in ONNX_LABELS)]
+            for name, entry in measured.items()
+        ]
+        return _table(header, rows)
+
+    return [
+        "## ONNX Runtime: latency, ms",
+        "A batch of one, and how many times no SN. All but ours are files of the stock exporter.",
+        table(lambda entry: _time(entry["latency"], "over_none")),
+        "## ONNX Runtime: loading, ms",
+        "To open a session, which folds constants, and how many times no SN.",
+        table(lambda entry: _time(entry["loading"], "over_none")),
+        "## ONNX file: KiB, nodes",
+        table(lambda entry: f"{entry['bytes'] / 1024:,.1f}, {entry['nodes']}"),
     ]
 
 

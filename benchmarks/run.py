@@ -1,4 +1,4 @@
-"""Measure what spectral norm costs in training: none, torch's, torch's old one, specnorm_fx's in two ways.
+"""Measure what spectral norm costs, torch's, its old one and specnorm_fx's: in training, and in an ONNX file.
 
     python benchmarks/run.py [--device cuda] [--models mlp sngan-32] [--only step sn] [--out DIR]
 
@@ -25,6 +25,7 @@ import torch
 from fresh import in_fresh_process
 from measure import Series, count_kernels, failure, interleave
 from models import CASES, Case
+from onnx_runtime import measure_files, versions
 from torch import Tensor
 from variants import (
     DIRECTIONS,
@@ -168,12 +169,18 @@ def measure_memory(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def measure_onnx(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """The exported model in ONNX Runtime, and its file: by variant."""
+    return measure_files(case, args.repetitions, args.seconds)
+
+
 MEASUREMENTS = {
     "step": measure_step,
     "sn": measure_sn,
     "penalty": measure_penalty,
     "compile": measure_compile,
     "memory": measure_memory,
+    "onnx": measure_onnx,
 }
 
 
@@ -198,6 +205,7 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
+        **versions(),
     }
     if device == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
@@ -218,7 +226,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=MODES, default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES), metavar="MODEL")
-    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
+    training = [what for what in MEASUREMENTS if what != "onnx"]
+    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=training)
     parser.add_argument("--modes", nargs="+", choices=MODES["cuda"], help="default: all that fit the device")
     parser.add_argument("--repetitions", type=int, default=200, help="rounds of a measurement, at most")
     parser.add_argument("--seconds", type=float, default=30.0, help="budget of the rounds of a measurement")

@@ -153,9 +153,9 @@ def score(out: Path, name: str, levels: Tensor, critic: nn.Module) -> float:
     images = to_unit(levels)
     with replaced(out / f"{name}.npy") as written:
         np.save(written, images.numpy())
-    command = [sys.executable, SCORE, out / "critic.onnx", out / f"{name}.npy", "--json"]
+    command = [sys.executable, SCORE, out / "critic.onnx", out / f"{name}.npy", "--format", "jsonl"]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    scores = [entry["score"] for entry in json.loads(result.stdout)]
+    scores = [json.loads(line)["score"] for line in result.stdout.splitlines()]
     with torch.no_grad():
         np.testing.assert_allclose(scores, critic(images).flatten().numpy(), rtol=0, atol=1e-5)
     return float(np.mean(scores))

@@ -1,347 +1,149 @@
 """Score images with a discriminator exported to ONNX.
 
-    python export/score.py disc.onnx images.npy more/*.png folder/ [--batch 64]
-                           [--mean 0.5 --std 0.5] [--json]
+    python score.py disc.onnx folder/ more/*.jpg images.npy [--format csv|jsonl] [-o scores.csv]
+                    [--batch 64] [--mean 0.5 --std 0.5] [--progress | --no-progress]
 
-Needs the standard library, numpy and onnxruntime only, so this one file can be copied to the
-machine that serves the model. It can be imported too: see `score`, `load_images`, `read_png`.
+Needs numpy, onnxruntime, and for image files Pillow, so this one file can be copied to the machine that
+serves the model. It can be imported too: see `score` and `images_of`.
 
 Inputs:
+    image file: .png, .jpg, .webp and the others of `EXTENSIONS`: one image (of several, the first),
+        converted to the model's channels, scaled to 0..1 and normalised, (x - mean) / std. Alpha,
+        gamma, colour profiles and EXIF orientation are left aside, as training pipelines do.
     .npy: [n, c, h, w], or [c, h, w] for one image; for a model of 1 channel also [n, h, w] or
         [h, w]. Floats are taken as they are, that is, already preprocessed as in training; uint8
-        is scaled to 0..1 and then normalised, (x - mean) / std.
-    .png: one image, scaled to 0..1, converted to the model's channel count and normalised.
-    folder: all its .png and .npy files, sorted by name, without subfolders.
+        is scaled to 0..1 and then normalised.
+    folder: all these files in it, sorted by name, without subfolders.
 
-The images must have the size that the model takes: nothing is resized or cropped.
+The images must have the size that the model takes: nothing is resized or cropped. They are read and
+scored batch by batch, and no more than one batch of them is in memory, however many there are.
 
 The score of an image is the mean of the model's first output over all non-batch dimensions, so
 the patch map of a PatchGAN gives one number. Its unit is that of the output: a logit, unless the
-exported model ends in a sigmoid. One line `score<TAB>name` is printed for each image, or with
---json a list of {"name", "score"}, where a score that is not finite is null. An error prints one
-line on stderr, no scores, and gives exit code 2.
+exported model ends in a sigmoid.
+
+Output: one row for each image, in the order of the inputs: name, score, error. Exactly one of the last
+two is there. A file that cannot be read, or is of another size, and a score that is not finite, give an
+error and a line on stderr, and the others are scored. A file given by -o appears when it is whole.
+
+Exit codes: 0, all scored; 1, some were not, see the errors; 2, an error stopped it: one line on stderr,
+and no file at -o.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
 import json
 import math
 import os
-import struct
 import sys
-import zlib
+import tempfile
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-EXTENSIONS = (".npy", ".png")
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601 weights of R, G, B
+# What Pillow may take a file for, whatever its name says: of its other formats, EPS starts a program.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp", ".npy")
 INPUT_DTYPES: dict[str, type[np.floating[Any]]] = {
     "tensor(float16)": np.float16,
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
 }
 
-# --- PNG -----------------------------------------------------------------------------------------
-
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_MAX_PIXELS = 2**28  # no real input is larger: a header that says so is damaged or hostile
-PNG_PALETTE = 3
-# By colour type: samples per pixel, those of them that are colour and not alpha, bits per sample.
-PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-PNG_COLOURS = {0: 1, 2: 3, 3: 1, 4: 1, 6: 3}
-PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
-DAMAGED = "the file is damaged or incomplete, copy or export it again"
-
-
-class PngHeader(NamedTuple):
-    """What decoding needs of an IHDR chunk."""
-
-    width: int
-    height: int
-    depth: int  # bits per sample
-    colour: int  # colour type
-
-    @property
-    def pixel_bits(self) -> int:
-        """Bits per pixel."""
-        return self.depth * PNG_SAMPLES[self.colour]
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes per row, without the byte that names the filter."""
-        return (self.width * self.pixel_bits + 7) // 8
-
-
-def read_png(path: str | os.PathLike[str]) -> NDArray[np.float32]:
-    """Read a PNG file, dropping alpha.
-
-    Samples are divided by their largest value (255 for 8 bits); gamma and colour profiles are
-    ignored, as training pipelines do.
-
-    Args:
-        path: A non-interlaced PNG file of any colour type and bit depth.
-
-    Returns:
-        [c, h, w] float32 in 0..1, with c = 1 for grey and c = 3 for RGB and palette images.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is no PNG, is damaged or truncated, or is interlaced.
-    """
-    data = Path(path).read_bytes()
-    try:
-        return _decode_png(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _decode_png(data: bytes) -> NDArray[np.float32]:
-    """Decode the bytes of a PNG file to [c, h, w] float32 in 0..1."""
-    chunks = _png_chunks(data)
-    kind, body = next(chunks)
-    if kind != b"IHDR":
-        raise ValueError(f"PNG does not start with an IHDR chunk; {DAMAGED}")
-    header = _png_header(body)
-    palette, pixels = b"", bytearray()
-    for kind, body in chunks:
-        if kind == b"PLTE":
-            palette = body
-        elif kind == b"IDAT":
-            pixels += body
-    rows = _unfilter(_inflate(pixels, header), header)
-    samples = _unpack(rows, header)[..., : PNG_COLOURS[header.colour]]
-    if header.colour == PNG_PALETTE:
-        samples, largest = _look_up(samples[..., 0], palette), 255
-    else:
-        largest = 2**header.depth - 1
-    image = samples.astype(np.float32) / np.float32(largest)
-    return np.ascontiguousarray(image.transpose(2, 0, 1))
-
-
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield (type, body) of each chunk up to and with IEND, each checked against its CRC."""
-    if not data.startswith(PNG_SIGNATURE):
-        raise ValueError("not a PNG file (wrong signature); convert the image to PNG")
-    position, kind = len(PNG_SIGNATURE), b""
-    while kind != b"IEND":
-        if position + 12 > len(data):
-            raise ValueError(f"PNG is truncated (no IEND chunk); {DAMAGED}")
-        length, kind = struct.unpack_from(">I4s", data, position)
-        end = position + 8 + length
-        if end + 4 > len(data):
-            raise ValueError(f"PNG is truncated within a {_printable(kind)} chunk; {DAMAGED}")
-        (crc,) = struct.unpack_from(">I", data, end)
-        if zlib.crc32(data[position + 4 : end]) != crc:  # of type and body
-            raise ValueError(f"PNG has a wrong CRC in its {_printable(kind)} chunk; {DAMAGED}")
-        yield kind, data[position + 8 : end]
-        position = end + 4
-
-
-def _printable(kind: bytes) -> str:
-    """Name a chunk type, which is any four bytes in a damaged file."""
-    return kind.decode("ascii", "backslashreplace")
-
-
-def _png_header(body: bytes) -> PngHeader:
-    """Parse and check the body of an IHDR chunk."""
-    if len(body) != 13:
-        raise ValueError(f"PNG has an IHDR chunk of {len(body)} bytes, not 13; {DAMAGED}")
-    width, height, depth, colour, compression, filtering, interlace = struct.unpack(">2I5B", body)
-    if depth not in PNG_DEPTHS.get(colour, ()) or compression or filtering or interlace > 1:
-        raise ValueError(f"PNG has an invalid header (IHDR {body.hex()}); {DAMAGED}")
-    if not 0 < width * height <= PNG_MAX_PIXELS:
-        raise ValueError(f"PNG is {width}x{height} pixels, outside 1..{PNG_MAX_PIXELS} in all; {DAMAGED}")
-    if interlace:
-        raise ValueError("PNG is interlaced (Adam7), not supported; save it without interlacing")
-    return PngHeader(width, height, depth, colour)
-
-
-def _inflate(pixels: bytearray, header: PngHeader) -> bytes:
-    """Decompress the image data to exactly `height` rows of filter byte and `row_bytes` bytes."""
-    expected = header.height * (1 + header.row_bytes)
-    stream = zlib.decompressobj()
-    try:
-        # The limit keeps a decompression bomb out; one byte more than expected shows excess data.
-        rows = stream.decompress(pixels, expected + 1)
-    except zlib.error as error:
-        raise ValueError(f"PNG image data do not decompress ({error}); {DAMAGED}") from error
-    if len(rows) != expected or not stream.eof:
-        raise ValueError(f"PNG image data are not the {expected} bytes of its header; {DAMAGED}")
-    return rows
-
-
-def _unfilter(data: bytes, header: PngHeader) -> NDArray[np.uint8]:
-    """Undo the row filters: [h * (1 + row_bytes)] bytes to [h, row_bytes] uint8."""
-    lines = np.frombuffer(data, np.uint8).reshape(header.height, 1 + header.row_bytes)
-    step = max(1, header.pixel_bits // 8)  # distance in bytes to the pixel on the left
-    rows = np.zeros((header.height + 1, header.row_bytes), np.uint8)  # the row above the first is 0
-    for y, line in enumerate(lines):
-        unfilter = PNG_FILTERS.get(int(line[0]))
-        if unfilter is None:
-            raise ValueError(f"PNG row {y} has the unknown filter type {line[0]}; {DAMAGED}")
-        rows[y + 1] = unfilter(line[1:], rows[y], step)
-    return rows[1:]
-
-
-Row = NDArray[np.uint8]  # [row_bytes] uint8; sums of rows wrap around modulo 256, as PNG asks
-
-
-def _none(line: Row, above: Row, step: int) -> Row:
-    """Filter type 0: bytes as they are."""
-    return line
-
-
-def _sub(line: Row, above: Row, step: int) -> Row:
-    """Filter type 1: differences to the left, undone by a running sum for each byte of a pixel."""
-    return np.cumsum(line.reshape(-1, step), axis=0, dtype=np.uint8).reshape(-1)
-
-
-def _up(line: Row, above: Row, step: int) -> Row:
-    """Filter type 2: differences to the row above."""
-    return line + above
-
-
-def _average(line: Row, above: Row, step: int) -> Row:
-    """Filter type 3: differences to the mean of left and above, rounded down."""
-    # Each byte needs the one decoded before it. Python integers are faster here than numpy scalars.
-    row = bytearray(step) + line.tobytes()  # with the zero pixel on the left of the first
-    for x, up in enumerate(above.tobytes()):
-        row[x + step] = (row[x + step] + (row[x] + up) // 2) & 255
-    return np.frombuffer(row, np.uint8)[step:]
-
-
-def _paeth(line: Row, above: Row, step: int) -> Row:
-    """Filter type 4: differences to the Paeth predictor of left, above and above left."""
-    row = bytearray(step) + line.tobytes()
-    corners = bytes(step) + above.tobytes()
-    for x, (corner, up) in enumerate(zip(corners, corners[step:], strict=False)):
-        left = row[x]
-        to_left, to_up = abs(up - corner), abs(left - corner)
-        to_corner = abs(left + up - 2 * corner)
-        if to_left <= to_up and to_left <= to_corner:
-            predictor = left
-        else:
-            predictor = up if to_up <= to_corner else corner
-        row[x + step] = (row[x + step] + predictor) & 255
-    return np.frombuffer(row, np.uint8)[step:]
-
-
-PNG_FILTERS: dict[int, Callable[[Row, Row, int], Row]] = {
-    0: _none,
-    1: _sub,
-    2: _up,
-    3: _average,
-    4: _paeth,
-}
-
-
-Samples = NDArray[np.unsignedinteger[Any]]  # uint8, or big-endian uint16 for a depth of 16
-
-
-def _unpack(rows: NDArray[np.uint8], header: PngHeader) -> Samples:
-    """Split rows of bytes into samples: [h, row_bytes] uint8 to [h, w, samples]."""
-    samples: Samples = rows
-    if header.depth == 16:
-        samples = rows.view(">u2")
-    elif header.depth < 8:
-        bits = np.unpackbits(rows, axis=1).reshape(header.height, -1, header.depth)
-        place_values = 2 ** np.arange(header.depth, dtype=np.uint8)[::-1]
-        samples = (bits @ place_values)[:, : header.width]  # a row is padded to a whole byte
-    return samples.reshape(header.height, header.width, -1)
-
-
-def _look_up(indices: Samples, palette: bytes) -> Samples:
-    """Replace palette indices [h, w] by colours [h, w, 3] uint8."""
-    if not palette or len(palette) % 3:
-        raise ValueError(f"PNG has no valid palette ({len(palette)} bytes in PLTE); {DAMAGED}")
-    colours: Samples = np.frombuffer(palette, np.uint8).reshape(-1, 3)
-    if indices.max() >= len(colours):
-        raise ValueError(f"PNG uses colours beyond its palette of {len(colours)}; {DAMAGED}")
-    return np.take(colours, indices, axis=0)
-
-
 # --- Images --------------------------------------------------------------------------------------
 
 
-def load_images(
+def images_of(
     path: str | os.PathLike[str],
     channels: int | None = None,
     mean: float = 0.5,
     std: float = 0.5,
-) -> NDArray[np.float32]:
-    """Load the images of a .png or .npy file, preprocessed for the model.
+) -> Iterator[NDArray[np.float32]]:
+    """Read the images of a file one by one, preprocessed for the model.
 
     Args:
-        path: A .png file (one image), or a .npy file of shape [n, c, h, w] or [c, h, w], or, with
-            `channels` = 1, [n, h, w] or [h, w].
-        channels: Channel count of the model. PNG images are converted to it: grey to RGB by
-            repetition, RGB to grey by ITU-R BT.601 luma. None: leave them as they are.
-        mean: Subtracted from images scaled to 0..1 (PNG and uint8); float arrays keep their values.
+        path: An image file, or a .npy file of shape [n, c, h, w] or [c, h, w], or, with `channels` = 1,
+            [n, h, w] or [h, w].
+        channels: Channel count of the model; an image file is converted to it, as by Pillow: grey to RGB
+            by repetition, RGB to grey by ITU-R BT.601 luma. None: 1 for grey files, else 3.
+        mean: Subtracted from values scaled to 0..1 (image files and uint8 arrays); float arrays keep theirs.
         std: Divides them after that.
 
-    Returns:
-        [n, c, h, w] float32.
+    Yields:
+        [c, h, w] float32.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: The extension is not .npy or .png, the file is damaged, or its shape, dtype or
-            channel count does not suit.
+        ImportError: It is an image file, and Pillow is not installed.
+        OSError: The file cannot be opened.
+        ValueError: It is of another kind or damaged, or its shape, dtype or channel count does not suit.
     """
-    extension = Path(path).suffix.lower()
-    if extension == ".png":
-        image = _to_channels(path, read_png(path), channels)
-        return _normalise(image, mean, std)[np.newaxis]
-    if extension == ".npy":
-        array = _to_nchw(path, _read_npy(path), channels)
-        if array.dtype == np.uint8:
-            return _normalise(array.astype(np.float32) / np.float32(255), mean, std)
-        return array.astype(np.float32)
-    raise ValueError(f"{path}: unsupported extension {extension!r}; convert it to .png or .npy")
+    suffix = Path(path).suffix.lower()
+    if suffix not in EXTENSIONS:
+        raise ValueError(f"unsupported extension {suffix!r}; convert it to .png or .npy")
+    if suffix != ".npy":
+        yield _normalise(_read_image(path, channels), mean, std)
+        return
+    for image in _read_npy(path, channels):
+        values = np.array(image, np.float32)
+        yield _normalise(values / np.float32(255), mean, std) if image.dtype == np.uint8 else values
 
 
-def _normalise(images: NDArray[np.float32], mean: float, std: float) -> NDArray[np.float32]:
+def _normalise(image: NDArray[np.float32], mean: float, std: float) -> NDArray[np.float32]:
     """Map values in 0..1 to (x - mean) / std, in float32."""
-    normalised: NDArray[np.float32] = (images - np.float32(mean)) / np.float32(std)
+    normalised: NDArray[np.float32] = (image - np.float32(mean)) / np.float32(std)
     return normalised
 
 
-def _to_channels(
-    path: str | os.PathLike[str], image: NDArray[np.float32], channels: int | None
-) -> NDArray[np.float32]:
-    """Convert a PNG image [c, h, w] between grey and RGB to [channels, h, w]."""
-    found = len(image)
-    if channels is None or channels == found:
-        return image
-    if channels == 1:
-        grey: NDArray[np.float32] = np.tensordot(LUMA, image, axes=1)
-        return grey[np.newaxis]
-    if channels == 3:
-        return np.repeat(image, 3, axis=0)
-    raise ValueError(f"{path}: a PNG gives 1 or 3 channels, but the model takes {channels}; use a .npy file")
-
-
-def _read_npy(path: str | os.PathLike[str]) -> NDArray[Any]:
-    """Read a .npy file of uint8 or float values."""
+def _read_image(path: str | os.PathLike[str], channels: int | None) -> NDArray[np.float32]:
+    """Read the first image of a file to [c, h, w] float32 in 0..1."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise ImportError("image files are read by Pillow: pip install pillow, or use .npy files") from error
+    if channels not in (None, 1, 3):
+        raise ValueError(f"an image file gives 1 or 3 channels, but the model takes {channels}; use .npy")
     with open(path, "rb") as file:
         try:
-            array = np.load(file, allow_pickle=False)
-        except Exception as error:  # a damaged header makes numpy raise errors of many kinds
-            raise ValueError(f"{path}: not a .npy array ({error}); save it by numpy.save") from error
-    if not isinstance(array, np.ndarray):  # np.load also opens .npz archives
-        raise ValueError(f"{path}: holds an .npz archive; save one array by numpy.save")
+            with Image.open(file, formats=FORMATS) as image:
+                mode = image.mode
+                deep = mode.startswith("I;16")  # which Pillow would clip to 8 bits
+                grey = channels == 1 or (channels is None and mode in ("1", "L", "LA"))
+                pixels = np.asarray(image if deep else image.convert("L" if grey else "RGB"))
+        except UnidentifiedImageError as error:
+            raise ValueError(f"not one of the kinds {', '.join(FORMATS)}; convert it to PNG") from error
+        except Exception as error:  # damaged files make Pillow raise errors of many kinds
+            raise ValueError(f"damaged or incomplete ({error}); copy or export it again") from error
+    if mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {mode!r} have 32 bits and no known range; convert it to .npy")
+    values = np.atleast_3d(pixels).astype(np.float32) / np.float32(65535 if deep else 255)
+    image_values = np.ascontiguousarray(values.transpose(2, 0, 1))
+    return np.repeat(image_values, 3, axis=0) if deep and channels == 3 else image_values
+
+
+def _read_npy(path: str | os.PathLike[str], channels: int | None) -> NDArray[Any]:
+    """Map a .npy file of uint8 or float values into memory, as [n, c, h, w]."""
+    try:
+        array: NDArray[Any] = np.lib.format.open_memmap(os.fspath(path), mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header makes numpy raise errors of many kinds
+        raise ValueError(f"not a .npy array ({error}); save it by numpy.save") from error
     if array.dtype != np.uint8 and array.dtype.kind != "f":
-        raise ValueError(f"{path}: dtype {array.dtype} is not read; save it as uint8 or float32")
-    return array
+        raise ValueError(f"dtype {array.dtype} is not read; save it as uint8 or float32")
+    return _to_nchw(array, channels)
 
 
-def _to_nchw(path: str | os.PathLike[str], array: NDArray[Any], channels: int | None) -> NDArray[Any]:
+def _to_nchw(array: NDArray[Any], channels: int | None) -> NDArray[Any]:
     """Add the dimensions that a .npy file may leave out: the result is [n, c, h, w]."""
     if array.ndim == 4:
         images = array
@@ -351,11 +153,11 @@ def _to_nchw(path: str | os.PathLike[str], array: NDArray[Any], channels: int | 
         images = array[np.newaxis, np.newaxis]
     else:
         raise ValueError(
-            f"{path}: shape {list(array.shape)} is not that of images; save [n, c, h, w] or "
-            "[c, h, w], or for a model of 1 channel [n, h, w] or [h, w]"
+            f"shape {list(array.shape)} is not that of images; save [n, c, h, w] or [c, h, w], or for a "
+            f"model of 1 channel [n, h, w] or [h, w]"
         )
     if not images.size:
-        raise ValueError(f"{path}: shape {list(array.shape)} holds no image; leave the file out")
+        raise ValueError(f"shape {list(array.shape)} holds no image; leave the file out")
     return images
 
 
@@ -411,16 +213,15 @@ def model_input(session: ort.InferenceSession) -> ModelInput:
     return ModelInput(only.name, INPUT_DTYPES[only.type], batch, (channels, height, width))
 
 
-def _check_shape(source: object, images: NDArray[Any], model: ModelInput) -> None:
-    """Raise ValueError unless the images of `source`, [n, c, h, w], fit the model."""
-    shape = images.shape[1:]
+def _check_shape(shape: tuple[int, ...], model: ModelInput) -> None:
+    """Raise ValueError unless an image of this shape, [c, h, w], fits the model."""
     if len(shape) == 3 and all(
         size in (None, got) for size, got in zip(model.image_shape, shape, strict=True)
     ):
         return
     expected = ", ".join("any" if size is None else str(size) for size in model.image_shape)
     raise ValueError(
-        f"{source}: image shape {list(shape)}, but the model takes [{expected}] (channels, "
+        f"image shape {list(shape)}, but the model takes [{expected}] (channels, "
         "height, width); prepare the images as in training, nothing is resized here"
     )
 
@@ -452,7 +253,7 @@ def score(
     if isinstance(session, (str, os.PathLike)):
         session = open_session(session)
     model = model_input(session)
-    _check_shape("images", images, model)
+    _check_shape(images.shape[1:], model)
     size = model.batch or batch
     if size < 1:
         raise ValueError(f"batch is {batch}; it must be 1 or more")
@@ -478,13 +279,154 @@ def _score_batch(
             f"the model cannot be run on a batch of shape {list(images.shape)} ({error}); check "
             "the exported model"
         ) from error
-    if output.shape[:1] != (len(images),):
+    if output.shape[:1] != (len(images),) or not output.size:
         raise ValueError(
-            f"the model's first output {first!r} has shape {list(output.shape)} for "
-            f"{len(images)} images; export it with the batch as its first dimension"
+            f"the model's first output {first!r} has shape {list(output.shape)} for {len(images)} images of "
+            f"shape {list(images.shape[1:])}; it must have values, and the batch as its first dimension"
         )
     means: NDArray[np.float64] = output[:count].reshape(count, -1).mean(axis=1, dtype=np.float64)
     return means
+
+
+# --- Stream --------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What is written of one image."""
+
+    name: str
+    score: float | None  # finite
+    error: str | None = None  # why there is no score
+
+
+class _Entry(NamedTuple):
+    """One image as read, or why there is none."""
+
+    name: str
+    image: NDArray[np.float32] | None
+    error: str | None = None
+
+
+class _Progress:
+    """A bar on stderr, below the messages that go there."""
+
+    WIDTH, SECONDS = 30, 0.1  # of the bar; between two updates
+
+    def __init__(self, files: int, shown: bool) -> None:
+        self.files, self.shown = files, shown
+        self.read = self.rows = 0
+        self.start, self.drawn = time.monotonic(), -math.inf
+
+    def draw(self, last: bool = False) -> None:
+        """Bring the bar up to date, unless that was done just now and more is to come."""
+        now = time.monotonic()
+        if not self.shown or (now - self.drawn < self.SECONDS and not last):
+            return
+        self.drawn = now
+        done = "#" * (self.WIDTH * self.read // self.files)
+        rate = self.rows / max(now - self.start, 1e-9)
+        line = f"\r[{done:.<{self.WIDTH}}] {self.read}/{self.files} files, {self.rows} rows, {rate:.0f}/s "
+        print(line, end="", file=sys.stderr, flush=True)
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar."""
+        clear = "\r\x1b[K" if self.drawn > -math.inf else ""
+        print(f"{clear}score.py: {message}", file=sys.stderr)
+        self.drawn = -math.inf
+
+    def end(self) -> None:
+        """Leave the line of the bar."""
+        if self.drawn > -math.inf:
+            print(file=sys.stderr)
+            self.drawn = -math.inf
+
+
+def _printable(path: Path) -> str:
+    """A file's name, of which not every one is valid Unicode."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _in_one_line(error: Exception) -> str:
+    """The message, without the path that an OSError has in it."""
+    reason = error.strerror if isinstance(error, OSError) else None
+    return " ".join((reason or str(error)).split())
+
+
+def _read(
+    paths: Iterable[Path], model: ModelInput, mean: float, std: float, progress: _Progress
+) -> Iterator[_Entry]:
+    """Read the images of all files, one by one."""
+    for path in paths:
+        name = _printable(path)
+        try:
+            for index, image in enumerate(images_of(path, model.image_shape[0], mean, std)):
+                _check_shape(image.shape, model)
+                yield _Entry(f"{name}[{index}]" if path.suffix.lower() == ".npy" else name, image)
+        except (OSError, ValueError) as error:
+            yield _Entry(name, None, _in_one_line(error))
+        progress.read += 1
+
+
+def _score_entries(
+    session: ort.InferenceSession, model: ModelInput, entries: Iterator[_Entry], batch: int
+) -> Iterator[list[Row]]:
+    """Score images batch by batch, in their order; those of a batch that differ in size, apart."""
+    while chunk := list(islice(entries, model.batch or batch)):
+        by_shape = defaultdict(list)
+        for index, entry in enumerate(chunk):
+            if entry.image is not None:
+                by_shape[entry.image.shape].append((index, entry.image))
+        rows = [Row(entry.name, None, entry.error) for entry in chunk]
+        for images in by_shape.values():
+            try:
+                scores = _score_batch(session, model, np.stack([image for _, image in images]))
+            except ValueError as error:
+                if None not in model.image_shape:
+                    raise
+                # A model of any size may yet have a smallest one, say that of its kernels.
+                for index, _ in images:
+                    rows[index] = Row(chunk[index].name, None, _in_one_line(error))
+                continue
+            for (index, _), found in zip(images, scores.tolist(), strict=True):
+                rows[index] = _row(chunk[index].name, found)
+        yield rows
+
+
+def _row(name: str, found: float) -> Row:
+    if math.isfinite(found):
+        return Row(name, found)
+    return Row(name, None, f"the score is {found}; check that the image and the model's weights are finite")
+
+
+# --- Output --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(output: Path | None) -> Iterator[TextIO]:
+    """Stdout, or a file that takes its place when the block has ended without an error."""
+    if output is None:
+        yield sys.stdout
+        return
+    if output.exists() and not output.is_file():
+        raise ValueError(f"-o {output} is not a file; give the path of a file to write")
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
+    except OSError as error:
+        raise ValueError(f"-o {output} cannot be written: {error.strerror}; give another path") from error
+    with folder as name:
+        written = Path(name, output.name)
+        with written.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        written.replace(output)
+
+
+def _writer(file: TextIO, kind: str) -> Callable[[Row], object]:
+    """What writes a row in a format."""
+    if kind == "jsonl":
+        return lambda row: print(json.dumps(row._asdict()), file=file)
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(Row._fields)
+    return table.writerow
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -500,19 +442,23 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = _Parser(prog="score.py", description="Score images with a discriminator exported to ONNX.")
-    parser.add_argument("model", help="ONNX file")
-    parser.add_argument("images", nargs="*", help=".npy files, .png files and folders of them")
-    parser.add_argument(
-        "--batch", type=int, default=64, help="images per run of a dynamic batch (default: 64)"
-    )
-    parser.add_argument("--mean", type=float, default=0.5, help="subtracted from 0..1 images (default: 0.5)")
-    parser.add_argument("--std", type=float, default=0.5, help="divides them after that (default: 0.5)")
-    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    add = parser.add_argument
+    add("model", help="ONNX file")
+    add("images", nargs="*", help="image files, .npy files and folders of them")
+    add("--batch", type=int, default=64, help="images per run of a dynamic batch (default: 64)")
+    add("--mean", type=float, default=0.5, help="subtracted from 0..1 images (default: 0.5)")
+    add("--std", type=float, default=0.5, help="divides them after that (default: 0.5)")
+    add("--format", choices=("csv", "jsonl"), default="csv", help="a table or JSON lines (default: csv)")
+    add("-o", "--output", type=Path, help="file to write (default: stdout)")
+    shown = "a bar on stderr (default: where that is a terminal, and the rows go elsewhere)"
+    add("--progress", action=argparse.BooleanOptionalAction, help=shown)
     args = parser.parse_intermixed_args(argv)  # options may stand between model and images
     if args.batch < 1:
         parser.error(f"--batch is {args.batch}; it must be 1 or more")
     if not (math.isfinite(args.mean) and math.isfinite(args.std) and args.std > 0):
         parser.error(f"--mean {args.mean} --std {args.std}: they must be finite, --std above 0")
+    if args.progress is None:
+        args.progress = sys.stderr.isatty() and (args.output is not None or not sys.stdout.isatty())
     return args
 
 
@@ -525,35 +471,36 @@ def _expand(arguments: Iterable[str]) -> list[Path]:
         elif path.exists():
             files.append(path)
         else:
-            raise FileNotFoundError(f"{path}: no such file or folder")
+            raise ValueError(f"{path}: no such file or folder")
     if not files:
-        raise ValueError("nothing to score; name .png or .npy files, or folders that hold them")
+        raise ValueError("nothing to score; name image or .npy files, or folders that hold them")
     return files
 
 
-def _named_images(
-    files: Iterable[Path], model: ModelInput, mean: float, std: float
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield the name and the preprocessed [c, h, w] of each image, file by file."""
-    for path in files:
-        images = load_images(path, model.image_shape[0], mean, std)
-        _check_shape(path, images, model)
-        for index, image in enumerate(images):
-            yield (str(path) if path.suffix.lower() == ".png" else f"{path}[{index}]"), image
-
-
-def _score_files(args: argparse.Namespace) -> Iterator[tuple[str, float]]:
-    """Yield the name and the score of each image on the command line."""
+def _score_files(args: argparse.Namespace) -> bool:
+    """Score the images on the command line; tells whether all have a score."""
     files = _expand(args.images)
     session = open_session(args.model)
     model = model_input(session)
-    size = model.batch or args.batch
-    named = _named_images(files, model, args.mean, args.std)
-    # Images of a fully convolutional model may differ in size; a batch takes those of one size.
-    for _, same_shape in groupby(named, key=lambda item: item[1].shape):
-        while chunk := list(islice(same_shape, size)):
-            names, images = zip(*chunk, strict=True)
-            yield from zip(names, score(session, np.stack(images), size).tolist(), strict=True)
+    progress = _Progress(len(files), args.progress)
+    entries = _read(files, model, args.mean, args.std, progress)
+    complete = True
+    try:
+        with _opened(args.output) as file:
+            write = _writer(file, args.format)
+            for rows in _score_entries(session, model, entries, args.batch):
+                for row in rows:
+                    write(row)
+                    if row.error is not None:
+                        complete = False
+                        progress.say(f"no score for {row.name}: {row.error}")
+                file.flush()
+                progress.rows += len(rows)
+                progress.draw()
+            progress.draw(last=True)
+    finally:
+        progress.end()
+    return complete
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -563,21 +510,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program name; None takes those of the process.
 
     Returns:
-        The exit code: 0, or 2 after an error.
+        The exit code: 0, 1 if an image has no score, or 2 if an error or Ctrl-C has stopped it.
     """
     try:
-        args = _parse(argv)
-        results = list(_score_files(args))  # all before any is printed: an error leaves no output
-        if args.json:
-            finite = [(name, value if math.isfinite(value) else None) for name, value in results]
-            print(json.dumps([{"name": name, "score": value} for name, value in finite], indent=2))
-        else:
-            for name, value in results:
-                print(f"{value:.9g}\t{name}")
-    except (OSError, ValueError) as error:
+        return 0 if _score_files(_parse(argv)) else 1
+    except BrokenPipeError:  # whoever reads the rows has had enough, and needs no message
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
+    except KeyboardInterrupt:
+        print("score.py: stopped", file=sys.stderr)
+    except (ImportError, OSError, ValueError) as error:
         print("score.py: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole way with models that people train: captured, torch's numbers, compiled, frozen, served."""
+"""The whole way with models that people train: captured, torch's numbers, compiled, frozen."""
 
 import copy
 
@@ -153,12 +153,3 @@ def test_compiled_in_one_graph(name, capture):
     batch = case.inputs()
     assert relative_error(outputs(compiled, batch), outputs(eager, batch)) < 1e-6
     torch._dynamo.reset()
-
-
-@parametrize([a for a in ARCHITECTURES if a in BY_EXPORT])
-def test_onnx_with_any_batch_size(case, tmp_path):
-    """By trace where that works, else by torch.export."""
-    gm = captured(case, case.captures[0], case.build().eval(), "*")
-    report = specnorm_fx.onnx.export(gm, case.inputs(), tmp_path / "d.onnx", dynamic_batch=True)
-    assert report.max_rel_error < report.rtol
-    specnorm_fx.onnx.verify(tmp_path / "d.onnx", gm, [case.inputs(batch) for batch in (1, 9)])
