@@ -1,15 +1,21 @@
 """The code in the README and in docs/ runs, and the forwards the README prints are the real ones."""
 
 import functools
+import importlib.util
 import os
 import re
+import shlex
+import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import specnorm_fx
+from specnorm_fx import cli
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +69,33 @@ def test_the_page_on_training_runs(tmp_path):
     saved = torch.load(tmp_path / "critic.pt", weights_only=True)
     assert first.keys() == second.keys() == saved.keys()
     assert all(torch.equal(first[name], x) and torch.equal(second[name], x) for name, x in saved.items())
+
+
+def test_the_page_on_deployment_runs(tmp_path, monkeypatch, capsys):
+    """Every command, in order, where it says what there is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    nets, training, serving = blocks(text, "python")
+    Path("nets.py").write_text(nets)
+    exec(compile(training, "docs/deploy.md, training", "exec"), {})
+    np.save("real.npy", torch.randn(8, 3, 32, 32).numpy())
+    Path("images").mkdir()
+    for number in range(3):
+        Image.new("RGB", (32, 32), (number * 40, 90, 200)).save(f"images/{number}.png")
+    spec = importlib.util.spec_from_file_location("score", ROOT / "export" / "score.py")
+    score = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(score)
+    for line in "".join(blocks(text, "sh")).splitlines():
+        program, *arguments = shlex.split(line)
+        assert (program, arguments[0]) in {("python", "score.py")} or program == "specnorm-fx"
+        code = cli.main(arguments) if program == "specnorm-fx" else score.main(arguments[1:])
+        assert code == 0, (line, capsys.readouterr().err)
+    exec(compile(serving, "docs/deploy.md, serving", "exec"), {})
+    expected = {"critic.onnx", "critic.fp16.onnx", "critic.int8.onnx", "critic.png", "critic.html"}
+    assert expected | {"scores.csv", "critic.safetensors"} <= {file.name for file in tmp_path.iterdir()}
+    assert len(Path("scores.csv").read_text().splitlines()) == 4
 
 
 def printed(code):
