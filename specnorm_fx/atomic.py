@@ -24,12 +24,14 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
         A path of the same name in the folder.
 
     Raises:
-        OSError: ``path`` is a folder, or its folder does not exist or cannot be written.
+        OSError: ``path`` is a folder or a device, or its folder does not exist or cannot be written.
     """
     path = Path(path)
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
+        if path.exists() and not path.is_file():  # /dev/null would become a file, for all of the machine
+            raise OSError("it is no regular file")
         folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
         raise type(error)(

@@ -227,9 +227,8 @@ PHASES = {
 def test_an_export_killed_anywhere_leaves_a_good_file(tmp_path, monkeypatch):
     path, x = tmp_path / "net.onnx", torch.randn(2, 3, 2, 2)
     models = {name: transform(Net()).eval() for name in ("old", "new")}
-    save, export = torch.onnx.ONNXProgram.save, torch.onnx.export
-    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", partial_method(save, external_data=True))
-    specnorm_fx.onnx.export(models["old"], x, path)
+    export = torch.onnx.export
+    specnorm_fx.onnx.export(models["old"], x, path, external_data=True)
     first = visible(tmp_path)
     assert [re.sub(r"[0-9a-f]{16}", "HASH", name) for name in first] == ["net.onnx", "net.onnx.HASH.data"]
     programs = []
@@ -244,19 +243,15 @@ def test_an_export_killed_anywhere_leaves_a_good_file(tmp_path, monkeypatch):
 
         def export_until_killed(owner=owner, name=name, fault=fault):
             setattr(owner, name, fault)
-            specnorm_fx.onnx.export(models["new"], x, path)
+            specnorm_fx.onnx.export(models["new"], x, path, external_data=True)
 
         killed(export_until_killed)
         onnx.checker.check_model(path, full_check=True)
         assert specnorm_fx.onnx.verify(path, models[stands], x), phase
-    specnorm_fx.onnx.export(models["new"], x, path)
+    specnorm_fx.onnx.export(models["new"], x, path, external_data=True)
     left = [name for name in visible(tmp_path) if name.startswith("net")]
     assert len(left) == 2
     assert left[1] != first[1]
-
-
-def partial_method(function, **options):
-    return lambda *args, **kwargs: function(*args, **kwargs, **options)
 
 
 # --- Threads ---

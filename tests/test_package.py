@@ -10,8 +10,9 @@ import pytest
 
 import specnorm_fx
 
-# But for the C library, which is no Python module.
-MODULES = [name for _, name, _ in pkgutil.iter_modules(specnorm_fx.__path__) if name != "_cpu_kernels"]
+# But for the C library, which is no Python module, and for `python -m`.
+OTHERS = ("_cpu_kernels", "__main__")
+MODULES = [name for _, name, _ in pkgutil.iter_modules(specnorm_fx.__path__) if name not in OTHERS]
 
 
 def loaded_by(statement):
