@@ -16,7 +16,7 @@ Inputs:
     folder: all these files in it, sorted by name, without subfolders.
 
 The images must have the size that the model takes: nothing is resized or cropped. They are read and
-scored batch by batch, and no more than one batch of them is in memory, however many there are.
+scored batch by batch, so memory does not grow with their number.
 
 The score of an image is the mean of the model's first output over all non-batch dimensions, so
 the patch map of a PatchGAN gives one number. Its unit is that of the output: a logit, unless the

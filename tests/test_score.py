@@ -5,9 +5,11 @@ import csv
 import importlib.util
 import json
 import os
+import struct
 import subprocess
 import sys
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +118,19 @@ def test_images_of_converts_every_mode_and_drops_alpha(tmp_path, rng, mode, chan
         np.testing.assert_array_equal(found, expected)
     else:
         np.testing.assert_allclose(found[0], colour @ [0.299, 0.587, 0.114] / 255, atol=1 / 255)
+
+
+def test_images_of_reads_the_upper_8_of_16_bits_of_colour(tmp_path, rng):
+    """Pillow writes none such, so by hand: chunks of a type, data and their CRC; each row has a filter, 0."""
+    pixels = rng.integers(2**16, size=(4, 6, 3), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">2I5B", 6, 4, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        data += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    (tmp_path / "x.png").write_bytes(data)
+    expected = (pixels // 256).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    np.testing.assert_array_equal(read(tmp_path / "x.png", 3, 0, 1)[0], expected)
 
 
 BROKEN = {

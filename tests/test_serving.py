@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from torch.utils._pytree import tree_leaves
 
 import specnorm_fx
-from tests.architectures import ARCHITECTURES
+from tests.architectures import ARCHITECTURES, PatchGAN
 from tests.models import parametrize
 
 
@@ -55,6 +55,9 @@ def tolerance(model):
     return np.finfo(np.float32).eps * sum(site.weight[0].numel() ** 0.5 for site in model.sites())
 
 
+RUNTIMES = (by_onnx_runtime, by_openvino, by_reference)
+
+
 @parametrize([case for case in ARCHITECTURES if "export" in case.captures])
 def test_every_runtime_gives_the_scores_of_the_model(case, tmp_path):
     """By trace where that works, else by torch.export; at batch sizes of which the exporter knew nothing."""
@@ -66,7 +69,7 @@ def test_every_runtime_gives_the_scores_of_the_model(case, tmp_path):
     specnorm_fx.onnx.export(model, case.inputs(), path, dynamic_batch=True)
     frozen, limit = specnorm_fx.freeze(model), tolerance(model)
     names = [node.name for node in onnxruntime.InferenceSession(path).get_inputs()]
-    runtimes = {runtime.__name__: runtime(path) for runtime in (by_onnx_runtime, by_openvino, by_reference)}
+    runtimes = {runtime.__name__: runtime(path) for runtime in RUNTIMES}
     for size in (1, 9):
         batch = case.inputs(size)
         feeds = {name: x.numpy() for name, x in zip(names, batch, strict=True)}
@@ -77,6 +80,17 @@ def test_every_runtime_gives_the_scores_of_the_model(case, tmp_path):
     frozen.get_parameter(model.sites()[-1].fqn).data *= 1.001
     nearly = in_float64(frozen, batch)
     assert all(worst(got, nearly) > limit for got in outputs.values())
+
+
+def test_every_runtime_gives_them_in_half_precision(tmp_path):
+    model = specnorm_fx.transform(PatchGAN().eval())
+    x = torch.randn(3, 3, 32, 32)
+    specnorm_fx.onnx.export(model, x, tmp_path / "d.onnx", dynamic_batch=True, precision="fp16")
+    truth, fp32 = in_float64(specnorm_fx.freeze(model), (x,)), tolerance(model)
+    errors = {run.__name__: worst(run(tmp_path / "d.onnx")({"x": x.numpy()}), truth) for run in RUNTIMES}
+    # Of weights in half precision at the least; of runtimes that add in it, at the most.
+    assert min(errors.values()) > fp32, errors
+    assert max(errors.values()) < fp32 * np.finfo(np.float16).eps / np.finfo(np.float32).eps, errors
 
 
 REQUESTS, THREADS = 5000, 32
