@@ -1,6 +1,7 @@
 """What the CPU tests show, on a CUDA device: against float64 truths and against torch's own."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -596,3 +597,26 @@ def test_fsdp(one_rank, compiled):
     assert [row.fqn for row in report(gm).rows] == [row.fqn for row in report(twin).rows]
     x = torch.randn(2, 3, 8, 8, device=DEVICE)
     assert torch.equal(freeze(gm.eval())(x), gm(x))
+
+
+def test_sigma_logger_waits_for_nothing():
+    """What it has not yet got when a step is over a later call writes, or flush."""
+    written = []
+    writer = types.SimpleNamespace(add_scalar=lambda tag, value, step: written.append((step, tag, value)))
+    gm = discriminator()
+    log = specnorm_fx.SigmaLogger(writer, gm)
+    x = torch.randn(2, 3, 8, 8, device=DEVICE)
+    gm(x)
+    expected = []
+    for step in range(3):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            gm(x)
+            log(step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        expected += [(step, fqn, s.item()) for fqn, s in sigmas(gm).items()]
+    log.flush()
+    got = [(step, tag.removeprefix("sigma/"), value) for step, tag, value in written if "sigma/" in tag]
+    assert got == expected
+    assert len(written) == 2 * len(got)
