@@ -910,10 +910,13 @@ def weights_of(path: str | os.PathLike[str]) -> tuple[list[Weight], dict[str, st
 
     Raises:
         ImportError: The extra ``onnx`` is not installed.
+        FileNotFoundError: There is no such file.
         OSError: The file, or its external data, cannot be read.
         ValueError: It is no ONNX file.
     """
     (onnx,) = _require("onnx")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no ONNX file {path}.")
     try:
         model = onnx.load(path)
     except OSError:

@@ -197,7 +197,7 @@ def test_no_onnx_file(tmp_path, content):
     (tmp_path / "d.onnx").write_bytes(content)
     with pytest.raises(ValueError, match="is damaged or no ONNX file"):
         inspect_onnx(tmp_path / "d.onnx")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"There is no ONNX file .*none\.onnx"):
         inspect_onnx(tmp_path / "none.onnx")
 
 
