@@ -281,7 +281,7 @@ def test_several_calls_in_one_graph(function, calls):
 
 # PyTorch 2.13, where it captures a part of the model alone.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.settings(max_examples=12, deadline=None)
 @hypothesis.given(
     st.lists(
         st.tuples(
