@@ -35,6 +35,7 @@ from specnorm_fx.inputs import (
 from specnorm_fx.load import (
     LoadError,
     brief,
+    build_model,
     is_program,
     load_model,
     read_checkpoint,
@@ -177,7 +178,13 @@ def _inspect(args: argparse.Namespace) -> str:
     if args.target.endswith(".onnx"):
         found = inspection.inspect_onnx(args.target)
     elif is_program(args.target) or (":" in args.target and not Path(args.target).exists()):
-        found = inspection.inspect_model(_load(args, args.target))
+        # Without weights or a selection to put on it the model is shown as its factory gives it.
+        as_it_is = args.checkpoint is None and args.select is None and not is_program(args.target)
+        model = build_model(args.target, args.kwargs) if as_it_is else _load(args, args.target)
+        try:
+            found = inspection.inspect_model(model)
+        except TypeError as error:  # a kind of module that transform does not take
+            raise LoadError(brief(error)) from error
     else:
         found = inspection.inspect_checkpoint(args.target)
     if args.plot:

@@ -214,6 +214,9 @@ def test_inspect(folder, exported, capsys):
         assert run("inspect", *what, "--json") == 0
         weights = json.loads(capsys.readouterr().out)["weights"]
         assert [w["fqn"] for w in weights if w["status"] == "normalised"] == list(NORMALIZED)
+    assert run("inspect", f"{FILE}:Labelled", "--json") == 0
+    weights = json.loads(capsys.readouterr().out)["weights"]
+    assert {w["status"] for w in weights} == {"to be normalised", "skipped"}
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
