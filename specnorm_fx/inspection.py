@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from specnorm_fx import capture, reference, sharded
+from specnorm_fx.adopt import find_torch_sn
 from specnorm_fx.atomic import replaced
 from specnorm_fx.checkpoint import find_weights
 from specnorm_fx.graph_module import SpectralNormGraphModule, sites_of, transformed
@@ -173,10 +174,11 @@ def inspect_model(model: nn.Module) -> Inspection:
     named = type(model).__name__
     status = "normalised"
     if not any(isinstance(module, SpectralNormGraphModule) for module in model.modules()):
-        if not _carries_torch_sn(model):
-            status = "to be normalised"
         with torch.random.fork_rng(devices=[]):
-            model = transform(model)
+            result = transform(model)
+        if not find_torch_sn(capture.share(model)):
+            status = "to be normalised"
+        model = result
     rows = []
     for fqn, site in sites_of(model).items():
         whole = sharded.full(site.weight.detach())
@@ -256,12 +258,6 @@ def inspect_onnx(path: str | os.PathLike[str]) -> Inspection:
         rows.append(row)
     notes = {name: value for name, value in metadata.items() if name != "specnorm_fx.sigmas"}
     return Inspection(os.path.basename(path), tuple(rows), notes)
-
-
-def _carries_torch_sn(model: nn.Module) -> bool:
-    from specnorm_fx.adopt import find_torch_sn
-
-    return bool(find_torch_sn(capture.share(model)))
 
 
 def _fits(weight: Tensor, dim: int, vectors: Sequence[Tensor] | None) -> bool:
