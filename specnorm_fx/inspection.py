@@ -9,12 +9,13 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from specnorm_fx import capture, reference, sharded
 from specnorm_fx.adopt import find_torch_sn
@@ -31,6 +32,12 @@ __all__ = ["Inspection", "Row", "inspect_checkpoint", "inspect_model", "inspect_
 # All singular values take about min(m, n) times as long as one product with the weight. Of a weight with more
 # rows and columns than this only the largest is computed, by power iteration.
 SPECTRUM_SIZE = 2048
+
+# What singular values can be computed of; a checkpoint may hold others, such as float8.
+DTYPES = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.complex128),
+)
 
 HEADER = ("weight", "shape", "dtype", "status", "sigma", "exact", "residual", "condition")
 
@@ -54,7 +61,7 @@ class Row:
         exact: The largest singular value of the weight as it is stored.
         residual: The error bar of ``sigma``: `specnorm_fx.reference.residual`.
         condition: The largest singular value over the smallest of the ``min(m, n)``; None if that is no more
-            than rounding.
+            than rounding (the table says "singular"), or not known.
         spectrum: The singular values, the largest first; empty if there are too many.
     """
 
@@ -111,7 +118,7 @@ class Inspection:
         try:
             figure_module = importlib.import_module("matplotlib.figure")
         except ImportError as error:
-            raise ImportError(f"A plot needs {error.name}: pip install matplotlib.") from error
+            raise ImportError(f"A plot needs {error.name}: pip install 'specnorm-fx[demo]'.") from error
         rows = self.rows
         # A Figure of its own, not pyplot's, which would change the state of the program around it.
         figure = figure_module.Figure(figsize=(13, max(4.0, 1.6 + 0.24 * len(rows))), layout="constrained")
@@ -164,24 +171,28 @@ def inspect_model(model: nn.Module) -> Inspection:
 
     Args:
         model: A transformed model, or one that holds some; else ``transform`` is tried on it, so a model with
-            torch's spectral norm is shown with its own u and v. It is not changed.
+            torch's spectral norm is shown with its own u and v. It is not changed. One that symbolic trace
+            cannot follow: ``inspect_model(transform(model, example_inputs=...))``.
 
     Raises:
         TypeError: As ``transform``.
-        ValueError: As ``transform``.
+        ValueError: As ``transform``, but for NaN, inf and the meta device, which are shown.
         TraceError: As ``transform``.
     """
     named = type(model).__name__
     status = "normalised"
+    stored: dict[int, Tensor] = {}
     if not any(isinstance(module, SpectralNormGraphModule) for module in model.modules()):
-        with torch.random.fork_rng(devices=[]):
-            result = transform(model)
+        if isinstance(model, torch.jit.ScriptModule):
+            transform(model)  # which refuses it
         if not find_torch_sn(capture.share(model)):
             status = "to be normalised"
-        model = result
+        model, stored = _with_zeros(model)
+        with torch.random.fork_rng(devices=[]):
+            model = transform(model)
     rows = []
     for fqn, site in sites_of(model).items():
-        whole = sharded.full(site.weight.detach())
+        whole = sharded.full(stored.get(id(site.weight), site.weight).detach())
         vectors = site.vectors() if status == "normalised" else None
         rows.append(_row(fqn, whole, site.config.dim or 0, status, vectors=vectors, eps=site.config.eps))
     found = transformed(model)
@@ -192,7 +203,8 @@ def inspect_model(model: nn.Module) -> Inspection:
             if prefix + weight.fqn not in normalised:
                 why = "not selected" if weight.nodes else capture.obstacle(weight, gm, gm.graph)
                 dim = 1 if issubclass(weight.kind, capture.TRANSPOSED) else 0
-                parameter = sharded.full(weight.parameter.detach())
+                parameter = stored.get(id(weight.parameter), weight.parameter)
+                parameter = sharded.full(parameter.detach())
                 rows.append(_row(prefix + weight.fqn, parameter, dim, "skipped", why))
     return Inspection(named, tuple(rows), {})
 
@@ -201,8 +213,8 @@ def inspect_model(model: nn.Module) -> Inspection:
 def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
     """Every weight of a checkpoint, by the names of its keys.
 
-    Without a model it is not known which dimension is the output's. With u it is the one that has u's length
-    (the first of several); without, the first is taken.
+    Without a model it is not known which dimension is the output's. With u it is the one that has u's length,
+    of several the one for which u and v give the largest sigma; without, the first is taken.
 
     Args:
         path: As in `specnorm_fx.load.read_checkpoint`.
@@ -216,16 +228,20 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
     for fqn, keys in find_weights(state_dict):
         seen |= {fqn, *keys}
         weight, u, v = (state_dict.get(str(key)) for key in keys)
-        if weight is None:
+        if not isinstance(weight, Tensor):
             continue
-        vectors = None if u is None or v is None else (u, v)
-        dim = next((d for d, size in enumerate(weight.shape) if _fits(weight, d, vectors)), None)
-        if dim is None:
+        # The oldest hook format has no v.
+        vectors = [x for x in (u, v) if x is not None]
+        dims = [dim for dim in range(weight.ndim) if _fit(weight, dim, vectors)]
+        if not dims:
             rows.append(_row(fqn, weight, 0, "normalised", "u and v do not fit its shape"))
+        elif v is None:
+            rows.append(_row(fqn, weight, dims[0], "normalised"))
         else:
-            rows.append(_row(fqn, weight, dim, "normalised", vectors=vectors))
+            found = [_row(fqn, weight, dim, "normalised", vectors=vectors) for dim in dims]
+            rows.append(max(found, key=lambda row: row.sigma or 0))
     for name, tensor in state_dict.items():
-        is_weight = isinstance(tensor, Tensor) and tensor.ndim > 1 and _is_numeric(tensor)
+        is_weight = isinstance(tensor, Tensor) and tensor.ndim > 1 and _is_floating(tensor)
         if is_weight and name not in seen:
             rows.append(_row(name, tensor, 0, "plain"))
     return Inspection(os.path.basename(path), tuple(rows), {})
@@ -237,38 +253,80 @@ def inspect_onnx(path: str | os.PathLike[str]) -> Inspection:
 
     Args:
         path: An ONNX file, its external data beside it. One that `specnorm_fx.onnx.export` has written
-            says in its metadata what each weight was divided by.
+            says in its metadata what each weight was divided by. An int8 weight is shown dequantized.
 
     Raises:
         ImportError: The extra ``onnx`` is not installed.
         OSError: There is no such file.
-        ValueError: It is no ONNX file.
+        ValueError: It is no ONNX file, or the sigmas in its metadata are none.
     """
     found, metadata = weights_of(path)
-    divided_by = json.loads(metadata.get("specnorm_fx.sigmas", "{}"))
+    divided_by = _divided_by(metadata, path)
     rows = []
     for weight in found:
         sigma = divided_by.get(weight.name)
-        tensor = torch.from_numpy(weight.array)
-        row = _row(weight.name, tensor, weight.dim, "plain" if sigma is None else "divided", sigma=sigma)
+        status = "plain" if sigma is None else "divided"
+        row = _row(weight.name, weight.values, weight.dim, status, sigma=sigma)
         if sigma is not None and row.exact is not None and abs(row.exact - 1) > LAG:
-            row = Row(
-                **{**vars(row), "why": f"divided by sigma, and its largest singular value is {row.exact:.4g}"}
-            )
+            row = replace(row, why=f"divided by sigma, and its largest singular value is {row.exact:.4g}")
         rows.append(row)
     notes = {name: value for name, value in metadata.items() if name != "specnorm_fx.sigmas"}
     return Inspection(os.path.basename(path), tuple(rows), notes)
 
 
-def _fits(weight: Tensor, dim: int, vectors: Sequence[Tensor] | None) -> bool:
-    if vectors is None:
-        return True
+def _with_zeros(model: nn.Module) -> tuple[nn.Module, dict[int, Tensor]]:
+    """A copy with zeros for the parameters that ``transform`` refuses, and these by ``id`` of the zeros."""
+    zeros: dict[int, nn.Parameter] = {}
+    stored: dict[int, Tensor] = {}
+    copied = capture.share(model)
+    for module in copied.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or is_lazy(parameter) or parameter.layout is not torch.strided:
+                continue
+            if parameter.is_meta or not parameter.isfinite().all():
+                device = "cpu" if parameter.is_meta else parameter.device
+                zero = nn.Parameter(torch.zeros_like(parameter, device=device), requires_grad=False)
+                zero = module._parameters[name] = zeros.setdefault(id(parameter), zero)
+                stored[id(zero)] = parameter
+    return copied, stored
+
+
+def _divided_by(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> dict[str, float]:
+    text = metadata.get("specnorm_fx.sigmas", "{}")
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    numbers = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise ValueError(
+            f"The metadata specnorm_fx.sigmas of {path} must be a JSON object of numbers, got {text[:80]!r}. "
+            f"Export the model again."
+        )
+    return dict(found)
+
+
+def _fit(weight: Tensor, dim: int, vectors: Sequence[Any]) -> bool:
+    """Whether u, or u and v, have the lengths of the weight's sides."""
     m = weight.shape[dim]
-    return [x.numel() for x in vectors] == [m, weight.numel() // m if m else 0]
+    lengths = (m, weight.numel() // m if m else 0)[: len(vectors)]
+    return all(
+        _is_readable(x) and x.ndim == 1 and len(x) == length
+        for x, length in zip(vectors, lengths, strict=True)
+    )
 
 
-def _is_numeric(tensor: Tensor) -> bool:
+def _is_floating(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _is_readable(tensor: Any) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and not tensor.is_meta
+        and tensor.dtype in DTYPES
+    )
 
 
 def _row(
@@ -294,6 +352,9 @@ def _row(
     }
     if weight.numel() == 0:
         return Row(**about | {"why": why or "empty"})
+    if not _is_readable(weight):
+        kind = "on the meta device, without values" if weight.is_meta else "sparse, or of another dtype"
+        return Row(**about | {"why": why or f"{kind}: no singular values"})
     matrix = reference.weight_matrix(weight.detach(), dim)
     if not matrix.isfinite().all():
         return Row(**about | {"why": why or "NaN or inf in the weight"})
@@ -302,15 +363,16 @@ def _row(
         pair = reference.residual(matrix, u, v, eps)
         about |= {"sigma": _finite(pair[0]), "residual": _finite(pair[1])}
         if about["sigma"] is None:
+            about["residual"] = None
             about["why"] = why or "NaN or inf in u or v: specnorm_fx.warm_up_ mends them"
     if min(matrix.shape) > SPECTRUM_SIZE:
         pair = reference.converge(matrix, *reference.random_start(matrix[:, 0], matrix[0]), eps)
         exact = reference.sigma(matrix, *pair).abs().item()
         about["why"] = why or "too large for all singular values: the largest by power iteration"
         return Row(**about, exact=exact)
-    values = torch.linalg.svdvals(matrix)
+    values = _singular_values(matrix)
     smallest, exact = values[-1].item(), values[0].item()
-    full_rank = smallest > exact * max(matrix.shape) * torch.finfo(values.dtype).eps
+    full_rank = smallest > exact * max(matrix.shape) * torch.finfo(matrix.dtype).eps
     both = about["sigma"] is not None and about["residual"] is not None
     if both and abs(about["sigma"] - exact) > LAG * exact:
         about["why"] = why or "u and v are not of this weight: specnorm_fx.warm_up_ mends them"
@@ -320,6 +382,21 @@ def _row(
         condition=exact / smallest if full_rank else None,
         spectrum=tuple(values.tolist()),
     )
+
+
+def _singular_values(matrix: Tensor) -> Tensor:
+    """The largest first.
+
+    Of an fp32 matrix by the eigenvalues of its product with itself, which in fp64 squares no rounding that
+    fp32 would not have: 1024 x 9216 takes seconds where the SVD in fp32 takes most of a minute.
+    """
+    double = {torch.float32: torch.float64, torch.complex64: torch.complex128}.get(matrix.dtype)
+    if double is None:
+        svd: Tensor = torch.linalg.svdvals(matrix)
+        return svd
+    matrix = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mH).to(double)
+    squares: Tensor = torch.linalg.eigvalsh(matrix @ matrix.mH)
+    return squares.clamp(min=0).sqrt().flip(0)
 
 
 def _finite(value: Tensor) -> float | None:
@@ -337,10 +414,12 @@ def _cells(row: Row) -> tuple[str, ...]:
             (row.sigma, ".6g"),
             (row.exact, ".6g"),
             (row.residual, ".1e"),
-            (row.condition, ".3g"),
         )
     )
-    return row.fqn, "x".join(map(str, row.shape)), row.dtype, row.status, *numbers
+    condition = "" if row.condition is None else f"{row.condition:.3g}"
+    if row.spectrum and row.condition is None:
+        condition = "singular"
+    return row.fqn, "x".join(map(str, row.shape)), row.dtype, row.status, *numbers, condition
 
 
 def _shortened(name: str, length: int = 40) -> str:
@@ -356,13 +435,13 @@ h1 { font-size: 1.3rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
 th, td { text-align: right; white-space: nowrap; }
-th:nth-child(-n+4), td:nth-child(-n+4) { text-align: left; }
+th:nth-child(-n+4), td:nth-child(-n+4), th:last-child, td:last-child { text-align: left; }
 td:first-child { font-family: ui-monospace, monospace; font-size: .85em; }
-td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 12rem; }
 tr:hover { background: var(--soft); }
 svg { display: block; }
 polyline { fill: none; stroke: var(--mark); stroke-width: 1.5; }
-.why { opacity: .75; white-space: normal; }
+.why { opacity: .75; white-space: normal; min-width: 12rem; }
 dt { font-family: ui-monospace, monospace; font-size: .85em; }
 dd { margin: 0 0 .5rem 1rem; overflow-wrap: anywhere; }
 """

@@ -887,10 +887,16 @@ def _require(*names: str) -> list[Any]:
 
 
 class Weight(NamedTuple):
-    """A weight in an ONNX file."""
+    """A weight in an ONNX file.
+
+    Attributes:
+        name: That of its initializer.
+        values: On the CPU; of an int8 weight what it stands for, in fp32.
+        dim: Which dimension is the output's.
+    """
 
     name: str
-    array: np.ndarray
+    values: Tensor
     dim: int
 
 
@@ -906,7 +912,7 @@ def weights_of(path: str | os.PathLike[str]) -> tuple[list[Weight], dict[str, st
 
     Returns:
         The initializers that a Conv, ConvTranspose, Gemm or MatMul takes as its weight, or a Gather as its
-        table, in the order of use; and ``metadata_props``.
+        table, by themselves or through a DequantizeLinear, in the order of use; and ``metadata_props``.
 
     Raises:
         ImportError: The extra ``onnx`` is not installed.
@@ -926,15 +932,40 @@ def weights_of(path: str | os.PathLike[str]) -> tuple[list[Weight], dict[str, st
     if not model.graph.node:
         raise ValueError(f"{path} is damaged or no ONNX file: it has no nodes.")
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    dequantized = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     found: dict[str, Weight] = {}
     for node in model.graph.node:
         place, dim = (0, 0) if node.op_type == "Gather" else (1, OUTPUT_DIMS.get(node.op_type))
         if node.op_type == "Gemm":
             dim = 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
         name = node.input[place] if len(node.input) > place else ""
-        if dim is None or name not in initializers or name in found:
+        sources = [name] if name not in dequantized else list(dequantized[name].input)
+        if dim is None or name in found or not all(source in initializers for source in sources):
             continue
-        array = onnx.numpy_helper.to_array(initializers[name])
-        if array.ndim > 1 and array.dtype.kind in "fc":
-            found[name] = Weight(name, array.copy(), dim)
+        arrays = [onnx.numpy_helper.to_array(initializers[source]) for source in sources]
+        if arrays[0].ndim < 2:
+            continue
+        if name in dequantized:
+            # ONNX Runtime's quantizer appends this to the name.
+            fqn = sources[0].removesuffix("_quantized")
+            found[name] = Weight(fqn, _dequantized(dequantized[name], *arrays), dim)
+        elif arrays[0].dtype.kind in "fc":
+            found[name] = Weight(name, torch.from_numpy(arrays[0].copy()), dim)
+        elif initializers[name].data_type == onnx.TensorProto.BFLOAT16:
+            values = torch.from_numpy(arrays[0].astype(np.float32))  # numpy has no bf16 of its own
+            found[name] = Weight(name, values.to(torch.bfloat16), dim)
     return list(found.values()), {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _dequantized(
+    node: Any, quantized: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = None
+) -> Tensor:
+    """What a DequantizeLinear makes of a weight: one scale, or one for each place along its axis."""
+    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+    shape = [1] * quantized.ndim
+    if scale.ndim:
+        shape[axis] = scale.size
+    shifted = quantized.astype(np.float32)
+    if zero is not None:
+        shifted -= zero.astype(np.float32).reshape(shape)
+    return torch.from_numpy(shifted * scale.astype(np.float32).reshape(shape))

@@ -1,9 +1,11 @@
 """`inspect_model`, `inspect_checkpoint` and `inspect_onnx`, and what they are shown as."""
 
 import json
+import math
 from html.parser import HTMLParser
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -97,6 +99,35 @@ def test_what_is_out_of_the_ordinary():
     assert json.loads(inspect_model(gm).to_json())["weights"][1]["exact"] is None
 
 
+def test_nan_and_meta_are_shown_in_a_model_that_transform_refuses():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"), nn.Linear(3, 2))
+    model[0].weight.data[0, 0] = torch.nan
+    rows = by_name(inspect_model(model))
+    assert rows["0.weight"].why == "NaN or inf in the weight"
+    assert "on the meta device" in rows["1.weight"].why
+    assert {row.status for row in rows.values()} == {"to be normalised"}
+    assert rows["2.weight"].exact == pytest.approx(exact_of(model[2].weight)[0].item(), rel=1e-6)
+    assert model[0].weight.isnan().any()
+    assert model[1].weight.is_meta
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6)], ids=["wide", "tall"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_singular_values_are_those_of_float64(shape, dtype):
+    """And the rank is seen in fp32, in which the product with itself would have lost it."""
+    layer = nn.Linear(*shape, bias=False, dtype=dtype)
+    (row,) = inspect_model(layer).rows
+    exact = torch.linalg.svdvals(layer.weight.detach().to(torch.complex128))
+    assert row.spectrum == pytest.approx(exact.tolist(), rel=1e-12)
+    left, right = (torch.linalg.qr(torch.randn(size, 6, dtype=torch.float64))[0] for size in shape)
+    for smallest, condition in ((2e-5, 5e4), (1e-9, None)):
+        values = torch.tensor([1, 1, 1, 1, 1, smallest], dtype=torch.float64)
+        layer.weight.data = (right * values @ left.T).to(dtype)
+        (row,) = inspect_model(layer).rows
+        assert row.condition == (None if condition is None else pytest.approx(condition, rel=1e-2))
+        assert ("singular" in str(inspect_model(layer))) == (condition is None)
+
+
 def test_large_weights_by_power_iteration(monkeypatch):
     monkeypatch.setattr(specnorm_fx.inspection, "SPECTRUM_SIZE", 4)
     layer = nn.Linear(8, 6, bias=False)
@@ -139,12 +170,62 @@ def test_a_checkpoint_says_the_output_dimension_by_u(tmp_path):
     assert row.sigma == pytest.approx(row.exact, rel=0.2)
 
 
-def test_u_and_v_that_do_not_fit(tmp_path):
+@pytest.mark.parametrize("layout", ["parametrizations", "oldest"])
+def test_the_output_dimension_of_a_transposed_convolution(tmp_path, layout):
+    """Of two equal sizes the wrong one gives next to nothing; without v there is the length of u."""
+    channels = 8 if layout == "parametrizations" else 4
+    model = (torch_sn if layout == "parametrizations" else hook_sn)(nn.ConvTranspose2d(channels, 8, 3))
+    state = model.state_dict()
+    if layout == "oldest":
+        del state["weight_v"]
+    torch.save(state, tmp_path / "c.pt")
+    (row,) = inspect_checkpoint(tmp_path / "c.pt").rows
+    stored = next(x for x in state.values() if x.ndim == 4)
+    assert row.exact == pytest.approx(exact_of(stored, 1)[0].item(), rel=1e-6)
+    if layout == "parametrizations":
+        assert row.sigma == pytest.approx(row.exact, rel=0.05)
+    assert row.why == ""
+
+
+STRANGE_VECTORS = {
+    "too_long": torch.ones(5),
+    "matrix": torch.ones(2, 1),
+    "integers": torch.ones(2, dtype=torch.int64),
+    "no_tensor": 3,
+    "sparse": torch.ones(2).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("u", STRANGE_VECTORS.values(), ids=STRANGE_VECTORS)
+def test_u_and_v_that_do_not_fit(tmp_path, u):
     state = transform(nn.Linear(3, 2)).state_dict()
-    torch.save(state | {"weight_u": torch.ones(5)}, tmp_path / "c.pt")
+    torch.save(state | {"weight_u": u}, tmp_path / "c.pt")
     (row,) = inspect_checkpoint(tmp_path / "c.pt").rows
     assert "do not fit" in row.why
     assert row.sigma is None
+
+
+def test_nan_in_u_leaves_no_error_bar(tmp_path):
+    state = transform(nn.Linear(3, 2)).state_dict()
+    torch.save(state | {"weight_u": torch.full((2,), torch.nan)}, tmp_path / "c.pt")
+    (row,) = inspect_checkpoint(tmp_path / "c.pt").rows
+    assert (row.sigma, row.residual) == (None, None)
+    assert "NaN or inf in u or v" in row.why
+
+
+WITHOUT_VALUES = {
+    "float8": lambda: torch.ones(3, 3).to(torch.float8_e4m3fn),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "meta": lambda: torch.ones(3, 3, device="meta"),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_VALUES)
+def test_tensors_without_singular_values_are_shown(tmp_path, kind):
+    torch.save({"a": WITHOUT_VALUES[kind](), "b": torch.eye(3)}, tmp_path / "c.pt")
+    rows = by_name(inspect_checkpoint(tmp_path / "c.pt"))
+    assert "no singular values" in rows["a"].why
+    assert (rows["a"].exact, rows["b"].exact) == (None, 1)
 
 
 # --- ONNX files ---
@@ -175,7 +256,7 @@ def test_weights_of_an_onnx_file(exported):
     assert {w.name for w in found} == {site.fqn for site in gm.sites()}
     for weight in found:
         want = specnorm_fx.reference.weight_matrix(frozen[weight.name], 1 if weight.name == "1.weight" else 0)
-        got = specnorm_fx.reference.weight_matrix(torch.from_numpy(weight.array), weight.dim)
+        got = specnorm_fx.reference.weight_matrix(weight.values, weight.dim)
         assert torch.linalg.svdvals(got).tolist() == pytest.approx(
             torch.linalg.svdvals(want).tolist(), rel=1e-4
         )
@@ -190,6 +271,35 @@ def test_a_divided_weight_has_sigma_1(exported):
         assert (row.status, row.why) == ("divided", "")
         assert row.sigma == pytest.approx(sigmas[row.fqn].item(), rel=1e-5)
     assert "specnorm_fx.version" in inspection.notes
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_weights_of_every_precision(exported, tmp_path, precision):
+    gm, _ = exported
+    x = torch.randn(2, 3, 8, 8)
+    calibration = [x] if precision == "int8" else None
+    specnorm_fx.onnx.export(
+        gm, x, tmp_path / "d.onnx", precision=precision, calibration=calibration, n_batches=1
+    )
+    inspection = inspect_onnx(tmp_path / "d.onnx")
+    assert {row.fqn for row in inspection.rows} == {site.fqn for site in gm.sites()}
+    for row in inspection.rows:
+        # The Frobenius norm of the rounding: 2^-9 of each element, or 1/254 of its channel's largest.
+        rounding = (
+            2**-9 * math.hypot(*row.spectrum) if precision == "bf16" else math.prod(row.shape) ** 0.5 / 254
+        )
+        assert row.exact == pytest.approx(1, abs=rounding)
+        assert row.status == "divided"
+
+
+@pytest.mark.parametrize("sigmas", ["[1]", "no json", '{"0.weight": "1"}', '{"0.weight": NaN}'])
+def test_metadata_that_is_none_of_ours(exported, tmp_path, sigmas):
+    file = onnx.load(exported[1])
+    (entry,) = (entry for entry in file.metadata_props if entry.key == "specnorm_fx.sigmas")
+    entry.value = sigmas
+    onnx.save(file, tmp_path / "d.onnx")
+    with pytest.raises(ValueError, match="must be a JSON object of numbers"):
+        inspect_onnx(tmp_path / "d.onnx")
 
 
 @pytest.mark.parametrize("content", [b"", b"no onnx", b"\x08\x07"], ids=["empty", "text", "no_graph"])
