@@ -270,7 +270,8 @@ def transformed(model: nn.Module) -> dict[str, SpectralNormGraphModule]:
         model: The transformed model, or a module that holds one or more.
 
     Returns:
-        By the name of the module.
+        By what stands before its FQNs: nothing where there is one, ``"name."`` of the module in ``model``
+        where there are several.
 
     Raises:
         TypeError: There is none.
@@ -281,7 +282,8 @@ def transformed(model: nn.Module) -> dict[str, SpectralNormGraphModule]:
         raise TypeError(
             f"{type(model).__name__} holds no transformed model. specnorm_fx.transform(model) makes one."
         )
-    return found
+    # Of several none is the model itself, as they do not stand in each other.
+    return {f"{name}." if len(found) > 1 else "": gm for name, gm in found.items()}
 
 
 def resolve(model: nn.Module) -> SpectralNormGraphModule:
@@ -297,7 +299,7 @@ def resolve(model: nn.Module) -> SpectralNormGraphModule:
     if len(found) > 1:
         raise TypeError(
             f"{type(model).__name__} holds {len(found)} transformed models, and this function works on one: "
-            f"{', '.join(map(repr, found))}. Give it one after the other."
+            f"{', '.join(repr(prefix[:-1]) for prefix in found)}. Give it one after the other."
         )
     return next(iter(found.values()))
 
@@ -314,7 +316,4 @@ def sites_of(model: nn.Module) -> dict[str, Site]:
     Raises:
         TypeError: As in `transformed`.
     """
-    found = transformed(model)
-    # Several: none of them is the model itself, as they do not stand in each other.
-    prefixes = {name: f"{name}." if len(found) > 1 else "" for name in found}
-    return {prefixes[name] + site.fqn: site for name, gm in found.items() for site in gm.sites()}
+    return {prefix + site.fqn: site for prefix, gm in transformed(model).items() for site in gm.sites()}

@@ -21,11 +21,11 @@ from specnorm_fx import capture, reference, sharded
 from specnorm_fx.adopt import find_torch_sn
 from specnorm_fx.atomic import replaced
 from specnorm_fx.checkpoint import find_weights
-from specnorm_fx.graph_module import SpectralNormGraphModule, sites_of, transformed
+from specnorm_fx.graph_module import SpectralNormGraphModule, sites_of
 from specnorm_fx.load import read_checkpoint
 from specnorm_fx.onnx import weights_of
 from specnorm_fx.passes import transform
-from specnorm_fx.report import table
+from specnorm_fx.report import skipped_weights, table
 
 __all__ = ["Inspection", "Row", "inspect_checkpoint", "inspect_model", "inspect_onnx"]
 
@@ -185,7 +185,7 @@ def inspect_model(model: nn.Module) -> Inspection:
     if not any(isinstance(module, SpectralNormGraphModule) for module in model.modules()):
         if isinstance(model, torch.jit.ScriptModule):
             transform(model)  # which refuses it
-        if not find_torch_sn(capture.share(model)):
+        if not find_torch_sn(model):
             status = "to be normalised"
         model, stored = _with_zeros(model)
         with torch.random.fork_rng(devices=[]):
@@ -195,17 +195,10 @@ def inspect_model(model: nn.Module) -> Inspection:
         whole = sharded.full(stored.get(id(site.weight), site.weight).detach())
         vectors = site.vectors() if status == "normalised" else None
         rows.append(_row(fqn, whole, site.config.dim or 0, status, vectors=vectors, eps=site.config.eps))
-    found = transformed(model)
-    normalised = {row.fqn for row in rows}
-    for name, gm in found.items():
-        prefix = f"{name}." if len(found) > 1 else ""
-        for weight in capture.find_weights(gm, gm.graph):
-            if prefix + weight.fqn not in normalised:
-                why = "not selected" if weight.nodes else capture.obstacle(weight, gm, gm.graph)
-                dim = 1 if issubclass(weight.kind, capture.TRANSPOSED) else 0
-                parameter = stored.get(id(weight.parameter), weight.parameter)
-                parameter = sharded.full(parameter.detach())
-                rows.append(_row(prefix + weight.fqn, parameter, dim, "skipped", why))
+    for fqn, weight, why in skipped_weights(model):
+        dim = 1 if issubclass(weight.kind, capture.TRANSPOSED) else 0
+        parameter = stored.get(id(weight.parameter), weight.parameter)
+        rows.append(_row(fqn, sharded.full(parameter.detach()), dim, "skipped", why))
     return Inspection(named, tuple(rows), {})
 
 

@@ -185,14 +185,9 @@ def _normalize_sharded(
 
 @_disable_dynamo
 def _iterate_sharded(
-    weights: list[Tensor],
-    us: list[Tensor],
-    vs: list[Tensor],
-    n: list[int],
-    eps: list[float],
-    dims: list[int],
-    orders: list[str],
+    weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *options: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
+    n, eps, dims, orders = options
     matrices = [sharded.matrix(weight, dim) for weight, dim in zip(weights, dims, strict=True)]
     return sharded.power_iteration(matrices, us, vs, n, eps, orders)
 

@@ -1,7 +1,7 @@
 """A look at sigma: `sigmas` for logging in training, `report` for everything about every weight."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, overload
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from specnorm_fx import capture, reference, sharded
 from specnorm_fx.graph_module import sites_of, transformed
 
-__all__ = ["Report", "Row", "Sigma", "SigmaLogger", "report", "sigmas", "table"]
+__all__ = ["Report", "Row", "Sigma", "SigmaLogger", "report", "sigmas", "skipped_weights", "table"]
 
 
 class Sigma(NamedTuple):
@@ -180,6 +180,23 @@ class Report:
         return "\n".join(lines)
 
 
+def skipped_weights(model: nn.Module) -> Iterator[tuple[str, capture.Weight, str]]:
+    """The weights of supported layers that are not normalised.
+
+    Args:
+        model: As in `sigmas`.
+
+    Yields:
+        The FQN, as in `sigmas`, the weight, and why it is not.
+    """
+    for prefix, gm in transformed(model).items():
+        normalized = {site.fqn for site in gm.sites()}
+        for weight in capture.find_weights(gm, gm.graph):
+            if weight.fqn not in normalized:
+                why = "not selected" if weight.nodes else capture.obstacle(weight, gm, gm.graph)
+                yield prefix + weight.fqn, weight, why
+
+
 def table(lines: Sequence[Sequence[str]], left: int) -> str:
     """Lines of cells as text in columns.
 
@@ -219,14 +236,5 @@ def report(model: nn.Module) -> Report:
         exact = torch.linalg.matrix_norm(reference.weight_matrix(whole, site.config.dim or 0), ord=2)
         values = (value.item() for value in (sigma, exact, residual))
         rows.append(Row(fqn, tuple(site.weight.shape), *values))
-    found = transformed(model)
-    skipped: dict[str, str] = {}
-    for name, gm in found.items():
-        normalized = {site.fqn for site in gm.sites()}
-        prefix = f"{name}." if len(found) > 1 else ""
-        skipped |= {
-            prefix + weight.fqn: "not selected" if weight.nodes else capture.obstacle(weight, gm, gm.graph)
-            for weight in capture.find_weights(gm, gm.graph)
-            if weight.fqn not in normalized
-        }
+    skipped = {fqn: why for fqn, _, why in skipped_weights(model)}
     return Report(tuple(rows), skipped)
