@@ -175,7 +175,7 @@ def _run(
     if [x.numel() for x in stored] != plan.sizes:
         raise ValueError(f"u and v have {[x.numel() for x in stored]} elements and need {plan.sizes}.")
     vectors = stored[0].new_empty(plan.size)
-    sigmas = torch.empty(len(weights), dtype=torch.float64)
+    sigmas = vectors.new_empty(len(weights), dtype=torch.float64)
     results = [torch.empty_like(weight) for weight in weights] if divides else []
     done = (ctypes.c_int8 * len(weights))()
 
@@ -296,5 +296,7 @@ def _layout(
 def _places(shape: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:
     """Where in v each column stands, in the order of memory."""
     logical = sorted(columns)
-    places = torch.arange(math.prod(shape[d] for d in logical)).view([shape[d] for d in logical])
+    places = torch.arange(math.prod(shape[d] for d in logical), device="cpu").view(
+        [shape[d] for d in logical]
+    )
     return places.permute([logical.index(d) for d in columns]).flatten().contiguous()

@@ -144,18 +144,17 @@ class _Way(NamedTuple):
 
 
 def _normalize_together(*columns: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    vectors, _, normalized = ops.normalize(*columns, once=True)
+    vectors, _, normalized = ops.call(ops.normalize, *columns, True)
     return *_split(vectors, *columns[1:3]), normalized
 
 
 def _iterate_together(*columns: Any) -> tuple[list[Tensor], list[Tensor]]:
-    vectors, _ = ops.power_iteration(*columns)
+    vectors, _ = ops.call(ops.power_iteration, *columns)
     return _split(vectors, *columns[1:3])
 
 
 def _split(vectors: Tensor, us: list[Tensor], vs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    with torch.no_grad():
-        parts = vectors.split([x.shape[0] for x in (*us, *vs)])
+    parts = vectors.split([x.shape[0] for x in (*us, *vs)])
     return list(parts[: len(us)]), list(parts[len(us) :])
 
 
@@ -166,7 +165,7 @@ def _normalize_by_reference(
     _, eps, dims, _ = options
     with torch.no_grad():
         stored = [weight.detach() for weight in weights]
-        new_us, new_vs = ops.singular_vectors(stored, us, vs, *options, once=True)
+        new_us, new_vs = ops.call(ops.singular_vectors, stored, us, vs, *options, True)
     sites = zip(weights, new_us, new_vs, eps, dims, strict=True)
     return new_us, new_vs, [reference.normalized(*site) for site in sites]
 

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from specnorm_fx import cpu_kernels, reference
 
-__all__ = ["groups", "normalize", "power_iteration", "singular_vectors"]
+__all__ = ["call", "groups", "normalize", "power_iteration", "singular_vectors"]
 
 # The overload that the operators are. Compiled code is cached on disk by the names in its graph: whoever
 # changes what an operator takes, gives or saves for backward must change this, or users get the old
@@ -41,6 +41,39 @@ ARGUMENTS = (
     "Tensor[] weights, Tensor[] us, Tensor[] vs, int[] n_power_iterations, float[] eps, int[] dims, "
     "str[] orders"
 )
+
+
+def call(operator: Any, tensors: Sequence[Tensor | None], *arguments: Any) -> Any:
+    """An operator, without the dispatcher where nothing but the dispatcher would see it: in eager mode.
+
+    It turns seven lists over twice on the way to a function that stands in Python: an eighth of the time that
+    seven weights take, forward and backward (MLP 6 x 256).
+
+    Args:
+        operator: One of this file.
+        tensors: Its first argument.
+        *arguments: The others.
+
+    Returns:
+        What it returns.
+    """
+    function = operator if _is_observed(tensors) else _FUNCTIONS[operator]
+    return function(tensors, *arguments)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _is_observed(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher has more to do than to call: tracers, modes, transforms, subclasses."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0  # make_fx(pre_dispatch=True) has its mode there
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or not all(type(x) in _PLAIN for x in tensors)
+    )
 
 
 def groups(weights: Sequence[Tensor]) -> list[list[int]]:
@@ -171,7 +204,7 @@ def _refuse_recompute(n: list[int], once: bool) -> None:
 
     Here and not in the module, of which ``torch.compile`` leaves nothing but the operators.
     """
-    if once and any(count > 0 for count in n) and torch._C._current_graph_task_id() != -1:
+    if once and torch._C._current_graph_task_id() != -1 and any(count > 0 for count in n):
         raise RuntimeError(
             "A training forward with update='forward' runs within a backward pass, as activation "
             "checkpointing makes it: u and v would move again, and the gradient be that of other weights "
@@ -266,7 +299,7 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         size = len(eps)
         weights, us, vs = (list(tensors[i * size : (i + 1) * size]) for i in range(3))
-        vectors, sigmas, normalized = _normalize_forward(weights, us, vs, n, eps, dims, orders, once)
+        vectors, sigmas, normalized = call(_normalize_forward, weights, us, vs, n, eps, dims, orders, once)
         ctx.eps, ctx.dims = eps, dims
         ctx.mark_non_differentiable(vectors, sigmas)
         ctx.set_materialize_grads(False)
@@ -283,7 +316,7 @@ class _Normalize(torch.autograd.Function):
             # create_graph, is_grads_batched or torch.func: by operations that can be transformed again.
             gradients = _gradients(wanted, weights, vectors, ctx.eps, ctx.dims)
         else:
-            compact = iter(_normalize_backward(wanted, normalized, vectors, sigmas, ctx.eps, ctx.dims))
+            compact = iter(call(_normalize_backward, wanted, normalized, vectors, sigmas, ctx.eps, ctx.dims))
             gradients = [None if grad is None else next(compact) for grad in wanted]
         return (None, None, None, None, None, *gradients, *[None] * (2 * len(weights)))
 
@@ -320,6 +353,9 @@ def _differentiable_normalize(
 # --- Registration: with calls, not decorators, so that the functions above stay plain functions ---
 
 
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {}  # of each operator
+
+
 def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any] | None) -> Any:
     """Register an operator; without ``fake`` one that is made of others."""
     qualified = f"specnorm_fx::{name}.{REVISION}"
@@ -329,6 +365,7 @@ def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable
     key = "CompositeImplicitAutograd" if fake is None else "CompositeExplicitAutograd"
     torch.library.impl(qualified, key, function)
     overload = getattr(getattr(torch.ops.specnorm_fx, name), REVISION)
+    _FUNCTIONS[overload] = function
     if fake is not None:
         torch.library.register_fake(qualified, fake)
     torch.library.register_vmap(qualified, functools.partial(_one_by_one, overload))

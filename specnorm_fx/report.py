@@ -109,7 +109,7 @@ class SigmaLogger:
         )
         arrived = None
         if device.type == "cuda":
-            pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            pinned = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             pinned.copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(device))

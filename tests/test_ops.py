@@ -1,13 +1,16 @@
 """The operators: registered as PyTorch wants them, differentiable, transformable; what runs where."""
 
+import contextlib
 import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from specnorm_fx import ops, reference, transform
+from specnorm_fx import cpu_kernels, ops, reference, transform
 from tests.models import CalledTwice, Discriminator, relative_error
 
 
@@ -172,3 +175,116 @@ def test_autocast_changes_nothing_inside(dtype):
         got = ops.normalize(*given)
     assert torch.equal(got[0], want[0])
     assert all(map(torch.equal, got[2], want[2]))
+
+
+def operators_called(function):
+    """What the dispatcher saw of this library."""
+    with torch.profiler.profile() as profile:
+        function()
+    return {
+        event.name.partition("::")[2] for event in profile.events() if event.name.startswith("specnorm_fx")
+    }
+
+
+def test_eager_mode_calls_past_the_dispatcher():
+    """And gets the same bits."""
+    weights, *others = arguments()
+    weights = [w.requires_grad_() for w in weights]
+    results = []
+
+    def run(normalize):
+        normalized = normalize(weights, *others)
+        results.append([*normalized[2], *torch.autograd.grad(sum(w.sum() for w in normalized[2]), weights)])
+
+    assert operators_called(lambda: run(lambda *given: ops.call(ops.normalize, *given))) == set()
+    # Its parts are called directly again.
+    assert operators_called(lambda: run(ops.normalize)) == {"normalize"}
+    assert all(map(torch.equal, *results))
+
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        SEEN.append(func)
+        return func(*args, **kwargs or {})
+
+
+class Subclass(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        SEEN.append(func)
+        raise NotImplementedError
+
+
+SEEN = []
+
+
+def traced(tracing_mode, pre_dispatch):
+    def trace(weights, us, vs, options):
+        def function(*weights):
+            return ops.call(ops.normalize, list(weights), us, vs, *options)[2]
+
+        trace = make_fx(
+            function, tracing_mode=tracing_mode, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True
+        )
+        return [node.target for node in trace(*weights).graph.nodes]
+
+    return trace
+
+
+def watched(weights, us, vs, options):
+    SEEN.clear()
+    with Watch():
+        ops.call(ops.normalize, weights, us, vs, *options)
+    return SEEN
+
+
+def of_a_subclass(weights, us, vs, options):
+    SEEN.clear()
+    weights = [weight.as_subclass(Subclass) for weight in weights]
+    with contextlib.suppress(NotImplementedError):
+        ops.call(ops.normalize, weights, us, vs, *options)
+    return SEEN
+
+
+def compiled(weights, us, vs, options):
+    targets = []
+
+    def backend(gm, _):
+        targets.extend(node.target for node in gm.graph.nodes)
+        return gm
+
+    run = torch.compile(lambda *given: ops.call(ops.normalize, *given), backend=backend, fullgraph=True)
+    run(weights, us, vs, *options)
+    return targets
+
+
+OBSERVERS = {
+    **{
+        f"make_fx-{mode}-{'pre' if pre else 'post'}": (traced(mode, pre), "normalize" if pre else None)
+        for mode in ("real", "fake", "symbolic")
+        for pre in (False, True)
+    },
+    "dispatch mode": (watched, None),
+    "subclass": (of_a_subclass, None),
+    "compile": (compiled, "normalize"),
+}
+
+
+@pytest.mark.parametrize(("observer", "sees"), OBSERVERS.values(), ids=OBSERVERS)
+def test_who_looks_at_operators_sees_them(observer, sees):
+    weights, us, vs, *options = arguments()
+    assert operator(sees or "normalize_forward") in observer(weights, us, vs, options)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_default_device_is_not_that_of_the_results(device):
+    weights, *others = arguments(torch.float32)
+    weights[1] = (
+        weights[1].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    )  # columns that stand elsewhere in v
+    want = ops.normalize(weights, *others)
+    cpu_kernels._plan.cache_clear(), cpu_kernels._places.cache_clear()
+    with torch.device(device):
+        got = ops.call(ops.normalize, weights, *others)
+    for a, b in zip((*got[:2], *got[2]), (*want[:2], *want[2]), strict=True):
+        assert torch.equal(a, b)
