@@ -215,7 +215,8 @@ static void NAME(store_column_vector)(const REAL *from, double length, REAL *to,
 /* What a site works on: vectors of the rows and of the columns, and the partial sums of one of them. */
 typedef struct {
     REAL *row_vector, *column_vector, *partial;
-    int64_t left;  /* iterations still to do */
+    int64_t left;    /* iterations still to do */
+    int64_t blocks;  /* of this pass, still to do */
 } NAME(work);
 
 static void NAME(run_block)(const site *s, const tensors *t, NAME(work) *work, int64_t block) {
@@ -295,48 +296,43 @@ static int NAME(normalize_batch)(const site *sites, const tensors *all, int64_t 
         work[k].column_vector = next, next += columns_of(s);
         work[k].partial = next, next += blocks_of(s) * (s->by_rows ? columns_of(s) : s->rows);
         work[k].left = at_least(s->iterations, 1);
+        work[k].blocks = blocks_of(s);
         if (s->by_rows || s->iterations <= 0)
             NAME(copy_column_vector)(all[k].column_vector, work[k].column_vector, all[k].places, columns_of(s));
         else
             memcpy(work[k].row_vector, all[k].row_vector, s->rows * sizeof(REAL));
         done[k] = 1;
     }
+    starts[0] = chunks[0] = 0;
+    for (int64_t k = 0; k < count; k++) {
+        starts[k + 1] = starts[k] + blocks_of(sites + k);
+        chunks[k + 1] = chunks[k] + parts(size_of(sites + k), BLOCK);
+    }
     threads = at_most(threads, at_least(elements / BLOCK, 1));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         for (int64_t round = 0; round < rounds; round++) {
-#pragma omp single
-            {
-                starts[0] = 0;
-                for (int64_t k = 0; k < count; k++)
-                    starts[k + 1] = starts[k] + (work[k].left > 0 && done[k] ? blocks_of(sites + k) : 0);
-            }
 #pragma omp for schedule(dynamic, 1)
             for (int64_t b = 0; b < starts[count]; b++) {
-                int64_t k = find(starts, count, b);
+                int64_t k = find(starts, count, b), last;
+                if (!done[k] || work[k].left <= 0) continue;
                 NAME(run_block)(sites + k, all + k, work + k, b - starts[k]);
-            }
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t k = 0; k < count; k++) {
-                if (starts[k] == starts[k + 1]) continue;
-                done[k] = NAME(finish_pass)(sites + k, all + k, work + k, sigmas + k);
-                if (sites[k].iterations <= 0) work[k].left = 0;
+#pragma omp atomic capture seq_cst
+                last = --work[k].blocks;
+                if (last == 0) {  /* the blocks before it are done, whoever did them */
+                    work[k].blocks = starts[k + 1] - starts[k];
+                    done[k] = NAME(finish_pass)(sites + k, all + k, work + k, sigmas + k);
+                    if (sites[k].iterations <= 0) work[k].left = 0;
+                }
             }
         }
-        if (divides) {
-#pragma omp single
-            {
-                chunks[0] = 0;
-                for (int64_t k = 0; k < count; k++)
-                    chunks[k + 1] = chunks[k] + (done[k] ? parts(size_of(sites + k), BLOCK) : 0);
-            }
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t c = 0; c < chunks[count]; c++) {
-                int64_t k = find(chunks, count, c), first = (c - chunks[k]) * BLOCK;
-                int64_t size = at_most(BLOCK, size_of(sites + k) - first);
-                REAL divisor = fabs(sigmas[k]) > sites[k].eps ? (REAL)sigmas[k] : 1;
-                NAME(divide)((const REAL *)all[k].weight + first, divisor, (REAL *)all[k].result + first, size);
-            }
+        for (int64_t c = 0; c < (divides ? chunks[count] : 0); c++) {
+            int64_t k = find(chunks, count, c), first = (c - chunks[k]) * BLOCK;
+            if (!done[k]) continue;
+            int64_t size = at_most(BLOCK, size_of(sites + k) - first);
+            REAL divisor = fabs(sigmas[k]) > sites[k].eps ? (REAL)sigmas[k] : 1;
+            NAME(divide)((const REAL *)all[k].weight + first, divisor, (REAL *)all[k].result + first, size);
         }
     }
     free(starts), free(chunks), free(work), free(scratch);
