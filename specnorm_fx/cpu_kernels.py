@@ -72,7 +72,7 @@ def normalize(
         orders: ``"uv"`` or ``"vu"`` of each.
 
     Returns:
-        The new u and v, ``[sum of all m and n]``: all u, then all v. sigmas ``[L]``, fp64: ``u^T W v``. And
+        The new u and v of each in turn, ``[sum of all m and n]``. sigmas ``[L]``, fp64: ``u^T W v``. And
         ``W / sigma`` of each, or W where sigma is not above eps, with the strides of a dense weight.
 
     Raises:
@@ -172,8 +172,9 @@ def _run(
     plan, weights = _planned(weights, dims, orders, n_power_iterations, eps)
     dtype = weights[0].dtype
     stored = [x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous() for x in (*us, *vs)]
-    if [x.numel() for x in stored] != plan.sizes:
-        raise ValueError(f"u and v have {[x.numel() for x in stored]} elements and need {plan.sizes}.")
+    given = [size for pair in zip(us, vs, strict=True) for size in map(Tensor.numel, pair)]
+    if given != plan.sizes:
+        raise ValueError(f"u and v have {given} elements and need {plan.sizes}.")
     vectors = stored[0].new_empty(plan.size)
     sigmas = vectors.new_empty(len(weights), dtype=torch.float64)
     results = [torch.empty_like(weight) for weight in weights] if divides else []
@@ -200,8 +201,8 @@ def _run(
         for k in (k for k, is_done in enumerate(done) if not is_done):
             site = (n_power_iterations[k], eps[k], dims[k])
             pair = reference.singular_vectors(weights[k], us[k], vs[k], *site, orders[k])
-            new[k].copy_(pair[0])
-            new[k + len(us)].copy_(pair[1])
+            new[2 * k].copy_(pair[0])
+            new[2 * k + 1].copy_(pair[1])
             sigmas[k] = reference.sigma(reference.weight_matrix(weights[k], dims[k]), *pair)
             if divides:
                 results[k].copy_(reference.normalized(weights[k], *pair, eps[k], dims[k]))
@@ -223,7 +224,7 @@ class _Plan:
         sites: The weights, as the C code takes them.
         transposed: Whether the rows of the matrix in memory are v's.
         places: The address of `_places` of each, or 0; valid as long as the plan lives.
-        sizes: Elements of every u, then of every v.
+        sizes: Elements of u and v of each weight in turn.
         size: Of all together.
         is_dense: Whether no weight has gaps between its elements.
     """
@@ -238,7 +239,7 @@ class _Plan:
         self.places = [0 if places is None else places.data_ptr() for places in self._places]
         ms = [shape[dim] for shape, _, dim, *_ in weights]
         ns = [math.prod(shape) // m for (shape, *_), m in zip(weights, ms, strict=True)]
-        self.sizes = ms + ns
+        self.sizes = [size for pair in zip(ms, ns, strict=True) for size in pair]
         self.size = sum(self.sizes)
         self.is_dense = all(
             sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 == math.prod(shape)
@@ -250,7 +251,7 @@ class _Plan:
         """Where each u and each v stands in ``vectors``."""
         address, size = vectors.data_ptr(), vectors.element_size()
         found = [address + start * size for start in self._starts]
-        return found[: len(found) // 2], found[len(found) // 2 :]
+        return found[::2], found[1::2]
 
 
 def _planned(

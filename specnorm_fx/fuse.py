@@ -512,9 +512,10 @@ def _parts(graph: fx.Graph, call: fx.Node, matches: list[_Match]) -> list[fx.Nod
     """All u, then all v, out of the first result of an operator; nothing where they stay as they are."""
     if not any(match.updates for match in matches):
         return []
-    sizes = [_value(x).shape[0] for x in [m.u for m in matches] + [m.v for m in matches]]
+    sizes = [_value(x).shape[0] for match in matches for x in (match.u, match.v)]
     vectors = graph.call_function(operator.getitem, (call, 0))
-    return _items(graph, graph.call_function(torch.split, (vectors, sizes)), len(sizes))
+    parts = _items(graph, graph.call_function(torch.split, (vectors, sizes)), len(sizes))
+    return parts[::2] + parts[1::2]
 
 
 def _update_(graph: fx.Graph, matches: list[_Match], fresh: list[fx.Node]) -> None:

@@ -154,8 +154,8 @@ def _iterate_together(*columns: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _split(vectors: Tensor, us: list[Tensor], vs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    parts = vectors.split([x.shape[0] for x in (*us, *vs)])
-    return list(parts[: len(us)]), list(parts[len(us) :])
+    parts = vectors.split([x.shape[0] for pair in zip(us, vs, strict=True) for x in pair])
+    return list(parts[::2]), list(parts[1::2])
 
 
 def _normalize_by_reference(

@@ -35,7 +35,7 @@ __all__ = ["call", "groups", "normalize", "power_iteration", "singular_vectors"]
 # The overload that the operators are. Compiled code is cached on disk by the names in its graph: whoever
 # changes what an operator takes, gives or saves for backward must change this, or users get the old
 # gradient with the new forward.
-REVISION = "r2"
+REVISION = "r3"
 
 ARGUMENTS = (
     "Tensor[] weights, Tensor[] us, Tensor[] vs, int[] n_power_iterations, float[] eps, int[] dims, "
@@ -158,7 +158,7 @@ def _power_iteration(
         new_us, new_vs = _singular_vectors(weights, us, vs, n, eps, dims, orders)
         matrices = map(reference.weight_matrix, weights, dims)
         sigmas = torch.stack([*map(reference.sigma, matrices, new_us, new_vs)])
-        return torch.cat(new_us + new_vs), sigmas.double()
+        return torch.cat([x for pair in zip(new_us, new_vs, strict=True) for x in pair]), sigmas.double()
 
 
 def _gradients_by_kernel(
@@ -223,9 +223,9 @@ def _split(
     vectors: Tensor, weights: Sequence[Tensor], dims: Sequence[int]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The us and vs that are one tensor."""
-    ms = [weight.shape[dim] for weight, dim in zip(weights, dims, strict=True)]
-    views = vectors.split(ms + [weight.numel() // m for weight, m in zip(weights, ms, strict=True)])
-    return views[: len(ms)], views[len(ms) :]
+    sides = [(weight.shape[dim], weight.numel()) for weight, dim in zip(weights, dims, strict=True)]
+    views = vectors.split([size for m, numel in sides for size in (m, numel // m)])
+    return views[::2], views[1::2]
 
 
 def _gradients(
@@ -280,8 +280,8 @@ def _fake_singular_vectors(
 # --- Gradient ---
 
 
-class _Normalize(torch.autograd.Function):
-    """`specnorm_fx::normalize_forward` with its gradient.
+class _Normalized(torch.autograd.Function):
+    """What `specnorm_fx::normalize_forward` has found for some weights, with its gradient.
 
     An ``autograd.Function`` inside a composite operator, and not ``torch.library.register_autograd``, of
     which the version for lists of tensors cannot be used under ``torch.func`` (torch 2.13).
@@ -290,27 +290,26 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        n: list[int],
         eps: list[float],
         dims: list[int],
-        orders: list[str],
-        once: bool,
-        *tensors: Tensor,
+        vectors: Tensor,
+        sigmas: Tensor,
+        normalized: list[Tensor],
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        size = len(eps)
-        weights, us, vs = (list(tensors[i * size : (i + 1) * size]) for i in range(3))
-        vectors, sigmas, normalized = call(_normalize_forward, weights, us, vs, n, eps, dims, orders, once)
+        # Backward takes what was made last first, and this was made before all layers: without a later number
+        # the gradients of all W / sigma would be kept until the last of them is there.
+        ctx._set_sequence_nr(_BEFORE_ALL_LAYERS)
         ctx.eps, ctx.dims = eps, dims
-        ctx.mark_non_differentiable(vectors, sigmas)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*weights, *normalized, vectors, sigmas)
-        return vectors, sigmas, *normalized
+        return tuple(normalized)
 
     @staticmethod
-    def backward(ctx: Any, _vectors: None, _sigmas: None, *grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         *saved, vectors, sigmas = ctx.saved_tensors
         weights, normalized = saved[: len(grads)], saved[len(grads) :]
-        needed = ctx.needs_input_grad[5 : 5 + len(weights)]
+        needed = ctx.needs_input_grad[5:]
         wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         if torch.is_grad_enabled() or _transformed(wanted):
             # create_graph, is_grads_batched or torch.func: by operations that can be transformed again.
@@ -318,7 +317,28 @@ class _Normalize(torch.autograd.Function):
         else:
             compact = iter(call(_normalize_backward, wanted, normalized, vectors, sigmas, ctx.eps, ctx.dims))
             gradients = [None if grad is None else next(compact) for grad in wanted]
-        return (None, None, None, None, None, *gradients, *[None] * (2 * len(weights)))
+        return (None, None, None, None, None, *gradients)
+
+
+_BEFORE_ALL_LAYERS = 2**62  # of 64 bits; the engine's own, for what collects gradients, is the largest
+
+# Bytes of weights, at least, whose gradients are computed in one call, unless they are the last.
+TOGETHER = 16 << 20
+
+
+def _together(weights: Sequence[Tensor]) -> list[range]:
+    """Weights whose gradients are computed in one call, in their order: that of the layers, mostly.
+
+    Not all in one: G of every W / sigma would be in memory at once, and DDP could not send a gradient before
+    the last one is there.
+    """
+    found, first, size = [], 0, 0
+    for index, weight in enumerate(weights):
+        size += weight.numel() * weight.element_size()
+        if size >= TOGETHER or index + 1 == len(weights):
+            found.append(range(first, index + 1))
+            first, size = index + 1, 0
+    return found
 
 
 def _transformed(tensors: Sequence[Tensor | None]) -> bool:
@@ -345,8 +365,19 @@ def _differentiable_normalize(
         vectors, sigmas = power_iteration(stored, us, vs, n, eps, dims, orders)
         columns = (weights, *_split(vectors, weights, dims), eps, dims)
         return vectors, sigmas, [reference.normalized(*site) for site in zip(*columns, strict=True)]
-    results = _Normalize.apply(n, eps, dims, orders, once, *weights, *us, *vs)  # type: ignore[no-untyped-call]
-    vectors, sigmas, *normalized = results
+    with torch.no_grad():
+        vectors, sigmas, found = call(_normalize_forward, weights, us, vs, n, eps, dims, orders, once)
+    if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
+        return vectors, sigmas, found
+    normalized: list[Tensor] = []
+    at = 0
+    for group in _together(weights):
+        part = slice(group.start, group.stop)
+        size = sum(us[i].shape[0] + vs[i].shape[0] for i in group)
+        normalized += _Normalized.apply(  # type: ignore[no-untyped-call]
+            eps[part], dims[part], vectors[at : at + size], sigmas[part], found[part], *weights[part]
+        )
+        at += size
     return vectors, sigmas, normalized
 
 
@@ -385,9 +416,9 @@ def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: Any, *argument
 
 
 # (weights, us, vs, n_power_iterations, eps, dims, orders) -> (vectors, sigmas, normalized). `vectors` is one
-# fresh tensor of the compute dtype with all new us, then all new vs; `sigmas` are u^T W v of these, [L] in
-# float64; `normalized` are W / sigma, or W where |sigma| <= eps. Only they carry gradient, to the weights.
-# With once=True a power iteration within a backward pass is an error: see `_refuse_recompute`.
+# fresh tensor of the compute dtype with the new u and v of each weight in turn; `sigmas` are u^T W v of
+# these, [L] in float64; `normalized` are W / sigma, or W where |sigma| <= eps. Only they carry gradient,
+# to the weights. With once=True a power iteration within a backward pass is an error: `_refuse_recompute`.
 # Dynamo keeps it as one call; below, it is the two that follow.
 normalize = _define(
     "normalize",

@@ -872,11 +872,9 @@ def _kept(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 def _vector_starts(weights: Sequence[_Weight]) -> tuple[list[int], list[int]]:
-    """Where each u and each v starts: all u, then all v, without gaps."""
-    sides = [weight.sides for weight in weights]
-    sizes = [m for m, _ in sides] + [n for _, n in sides]
-    starts = list(itertools.accumulate(sizes, initial=0))
-    return starts[: len(weights)], starts[len(weights) : -1]
+    """Where each u and each v starts: u and v of each weight in turn, without gaps."""
+    starts = list(itertools.accumulate((size for weight in weights for size in weight.sides), initial=0))
+    return starts[:-1:2], starts[1::2]
 
 
 def _chunks(indices: Sequence[int]) -> list[list[int]]:
@@ -1028,7 +1026,7 @@ def normalize(
         orders: ``"uv"`` or ``"vu"`` of each.
 
     Returns:
-        The new u and v, ``[sum of all m and n]``, compute dtype: all u, then all v.
+        The new u and v, ``[sum of all m and n]``, compute dtype: u and v of each in turn.
 
         sigmas ``[L]``, fp64: what was divided by, or 0 where sigma was not above eps (or not finite)
         and the weight was left as it is.

@@ -212,10 +212,10 @@ def test_many_in_one_call_are_the_same_bits_as_each_alone_and_again(dtype):
     again = cpu_kernels.normalize(weights, us, vs, *options)
     assert torch.equal(first[0], again[0])
     gradients = cpu_kernels.normalize_backward(grads, first[2], *first[:2], options[1], dims)
-    new = first[0].split([len(x) for x in us + vs])
+    new = first[0].split([len(x) for pair in zip(us, vs, strict=True) for x in pair])
     for k in range(len(weights)):
         alone = by_kernel(weights[k], us[k], vs[k], grads[k], counts[k], dims[k], options[3][k])
-        together = (new[k], new[k + len(us)], first[2][k], gradients[k])
+        together = (new[2 * k], new[2 * k + 1], first[2][k], gradients[k])
         assert all(map(torch.equal, alone, together))
 
 

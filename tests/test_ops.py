@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -152,7 +154,7 @@ def test_a_device_without_kernels_goes_by_the_reference(monkeypatch):
     monkeypatch.setattr(ops, "_kernels", lambda weights: None)
     got = ops.normalize(*given)
     us, _ = reference.singular_vectors(*(column[1] for column in given))
-    assert torch.equal(got[0].split([4, 5, 4, 6, 6, 4])[1], us)
+    assert torch.equal(got[0].split([4, 6, 5, 6, 4, 4])[2], us)
     for a, b in zip((got[0], got[1], *got[2]), (want[0], want[1], *want[2]), strict=True):
         assert a.dtype == b.dtype
         assert relative_error(a, b) < 1e-13
@@ -175,6 +177,77 @@ def test_autocast_changes_nothing_inside(dtype):
         got = ops.normalize(*given)
     assert torch.equal(got[0], want[0])
     assert all(map(torch.equal, got[2], want[2]))
+
+
+SIZE = 8 * 8 * 4  # bytes of each weight of what follows
+
+groups_of_five = pytest.mark.parametrize(
+    ("together", "groups"),
+    [
+        (1, [[4], [3], [2], [1], [0]]),
+        (SIZE + 1, [[4], [3, 2], [1, 0]]),
+        (2 * SIZE, [[4], [3, 2], [1, 0]]),
+        (5 * SIZE, [[4, 3, 2, 1, 0]]),
+        (ops.TOGETHER, [[4, 3, 2, 1, 0]]),
+    ],
+)
+
+
+def five_layers(backward_reaches=lambda k: None):
+    """A function of five weights that says when backward reaches a layer, and the weights."""
+    weights, us, vs = ([torch.randn(*shape) for _ in range(5)] for shape in ((8, 8), (8,), (8,)))
+    options = ([1] * 5, [1e-12] * 5, [0] * 5, ["uv"] * 5)
+
+    def function(*weights):
+        x = torch.ones(2, 8)
+        for k, weight in enumerate(ops.call(ops.normalize, list(weights), us, vs, *options)[2]):
+            x = x @ weight
+            if x.requires_grad:
+                x.register_hook(lambda _, k=k: backward_reaches(k))
+        return x.sum()
+
+    return function, [weight.requires_grad_() for weight in weights]
+
+
+@groups_of_five
+def test_gradients_come_in_groups_as_soon_as_backward_is_past_them(monkeypatch, together, groups):
+    events = []
+    function, weights = five_layers(lambda k: events.append(("layer", k)))
+    want = torch.autograd.grad(function(*weights), weights)
+    monkeypatch.setattr(ops, "TOGETHER", together)
+    for k, weight in enumerate(weights):
+        weight.register_post_accumulate_grad_hook(lambda _, k=k: events.append(("weight", k)))
+    events.clear()
+    function(*weights).backward()
+    assert all(map(torch.equal, want, [weight.grad for weight in weights]))
+    for group in groups:
+        now, events = events[: 2 * len(group)], events[2 * len(group) :]
+        assert now[: len(group)] == [("layer", k) for k in group]
+        assert sorted(now[len(group) :], reverse=True) == [("weight", k) for k in group]
+    assert events == []
+
+
+@groups_of_five
+def test_compiled_gradients_come_in_groups_too(monkeypatch, together, groups):
+    monkeypatch.setattr(ops, "TOGETHER", together)
+    function, weights = five_layers()
+    graphs = []
+
+    def keep(gm, _):
+        graphs.append([node.target for node in gm.graph.nodes])
+        return make_boxed_func(gm.forward)
+
+    backend = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm.forward), bw_compiler=keep)
+    got = torch.autograd.grad(torch.compile(function, backend=backend, fullgraph=True)(*weights), weights)
+    want = torch.autograd.grad(function(*weights), weights)
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
+    (targets,) = graphs
+    calls = [k for k, target in enumerate(targets) if target is operator("normalize_backward")]
+    products = [k for k, target in enumerate(targets) if target is torch.ops.aten.mm.default]
+    assert len(calls) == len(groups)
+    # Of each layer but the first two products: the gradients of its input and of its weight.
+    done = [sum(k < call for k in products) for call in calls]
+    assert done == [sum(map(len, groups[: k + 1])) * 2 for k in range(len(groups) - 1)] + [9]
 
 
 def operators_called(function):

@@ -122,11 +122,11 @@ def run(kernels, cases, iterations=1, order="uv", eps=EPS, divide=True):
     assert sigmas.shape == (many,)
     assert sigmas.dtype == torch.float64
     assert vectors.dtype == reference.compute_dtype(cases[0].w)
-    parts = vectors.split([c.u.numel() for c in cases] + [c.v.numel() for c in cases])
+    parts = vectors.split([x.numel() for c in cases for x in (c.u, c.v)])
     results = []
     for i in range(many):
         out = rest[0][i] if rest else None
-        results.append(SimpleNamespace(u=parts[i], v=parts[many + i], sigma=sigmas[i], out=out))
+        results.append(SimpleNamespace(u=parts[2 * i], v=parts[2 * i + 1], sigma=sigmas[i], out=out))
     return results, vectors, sigmas
 
 
@@ -457,11 +457,11 @@ def test_without_iteration_any_length_of_u_and_v_will_do(kernels):
 
 
 def gradients(kernels, cases, grads, vectors, sigmas):
-    parts = vectors.split([c.u.numel() for c in cases] + [c.v.numel() for c in cases])
+    parts = vectors.split([x.numel() for c in cases for x in (c.u, c.v)])
     normalized = [
         # With the weight's strides, but for gaps.
         torch.empty_like(c.w).copy_(reference.normalized(c.w, u, v, EPS, c.dim))
-        for c, u, v in zip(cases, parts[: len(cases)], parts[len(cases) :], strict=True)
+        for c, u, v in zip(cases, parts[::2], parts[1::2], strict=True)
     ]
     return kernels.normalize_backward(
         grads, normalized, vectors, sigmas, [EPS] * len(cases), [c.dim for c in cases]
@@ -472,7 +472,7 @@ def check_gradients(kernels, cases, vectors, sigmas, grads=None):
     """Against autograd of the reference in float64, and no worse than autograd in the dtype itself."""
     grads = [torch.randn_like(c.w) for c in cases] if grads is None else grads
     dws = gradients(kernels, cases, grads, vectors, sigmas)
-    parts = vectors.split([c.u.numel() for c in cases] + [c.v.numel() for c in cases])
+    parts = vectors.split([x.numel() for c in cases for x in (c.u, c.v)])
     for i, (case, grad, dw) in enumerate(zip(cases, grads, dws, strict=True)):
         if grad is None:
             assert dw is None
@@ -481,7 +481,7 @@ def check_gradients(kernels, cases, vectors, sigmas, grads=None):
         for dtype in (torch.float64, case.w.dtype):
             w = case.w.to(dtype, copy=True).requires_grad_()
             kind = reference.compute_dtype(w)
-            u, v = parts[i].to(kind), parts[len(cases) + i].to(kind)
+            u, v = parts[2 * i].to(kind), parts[2 * i + 1].to(kind)
             reference.normalized(w, u, v, EPS, case.dim).backward(grad.to(dtype))
             wanted.append(w.grad.double())
         truth, theirs = wanted
