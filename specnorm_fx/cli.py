@@ -43,6 +43,7 @@ from specnorm_fx.load import (
     write_checkpoint,
 )
 from specnorm_fx.onnx import VerificationError
+from specnorm_fx.onnx.precision import PRECISIONS
 
 __all__ = ["main"]
 
@@ -334,7 +335,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--opset", type=int, metavar="N", help="ONNX opset (default: the exporter's)")
     add("--input-names", type=_names, metavar="A,B", help="names of the file's inputs")
     add("--output-names", type=_names, metavar="A,B", help="names of the file's outputs")
-    add("--precision", choices=("fp32", "fp16", "bf16", "int8"), default="fp32", help="what it computes in")
+    add("--precision", choices=tuple(PRECISIONS), default="fp32", help="what it computes in")
     add("--calibration", type=Path, metavar="PATH", help="for int8: inputs, .npy or a folder of them")
     add(
         "--external-data",
