@@ -104,7 +104,7 @@ def test_integer_outputs_must_be_equal(tmp_path):
         verify(tmp_path / "d.onnx", other, torch.randn(8, 4))
 
 
-def test_the_limit_reported_is_that_of_the_largest_error(tmp_path):
+def test_the_limit_reported_is_the_largest_of_the_outputs(tmp_path):
     class ScoreAndDecision(nn.Module):
         def __init__(self):
             super().__init__()
