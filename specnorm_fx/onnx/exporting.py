@@ -13,7 +13,7 @@ from torch import nn
 
 from specnorm_fx.atomic import replaced
 from specnorm_fx.freeze import freeze
-from specnorm_fx.graph_module import resolve
+from specnorm_fx.graph_module import SpectralNormGraphModule, resolve
 from specnorm_fx.onnx.batches import Args, as_batch, dynamic_dimensions, random_batches, tensor_names
 from specnorm_fx.onnx.external_data import is_external, name_by_content, remove_older
 from specnorm_fx.onnx.extra import require
@@ -131,14 +131,21 @@ def export(
             message = str(error).replace(str(written), str(target))
             remedy = " Calibrate on more data, or give a larger rtol." if precision == "int8" else ""
             raise VerificationError(f"{message}{remedy} No file was written.") from error
-        own = {
-            "version": importlib.metadata.version("specnorm-fx"),
-            "precision": precision,
-            "opset": str(opset),
-            "max_rel_error": f"{verification.max_rel_error:.2e}",
-        }
-        if gm.sites():
-            own["sigmas"] = json.dumps({fqn: float(sigma) for fqn, sigma in sigmas(gm).items()})
-        append_metadata(written, own | dict(metadata or {}))
+        append_metadata(written, _own(gm, precision, opset, verification) | dict(metadata or {}))
     remove_older(target, data)
     return dataclasses.replace(verification, path=target)
+
+
+def _own(
+    gm: SpectralNormGraphModule, precision: str, opset: int, verification: Verification
+) -> dict[str, str]:
+    """What export itself says in the metadata, under the keys `OWN`."""
+    own = {
+        "version": importlib.metadata.version("specnorm-fx"),
+        "precision": precision,
+        "opset": str(opset),
+        "max_rel_error": f"{verification.max_rel_error:.2e}",
+    }
+    if gm.sites():
+        own["sigmas"] = json.dumps({fqn: float(sigma) for fqn, sigma in sigmas(gm).items()})
+    return own
