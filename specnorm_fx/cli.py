@@ -43,6 +43,7 @@ from specnorm_fx.load import (
     write_checkpoint,
 )
 from specnorm_fx.onnx import VerificationError
+from specnorm_fx.onnx.precision import PRECISIONS
 
 __all__ = ["main"]
 
@@ -301,40 +302,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, about: str, examples: str) -> Any:
-        sub = commands.add_parser(
-            name,
-            help=about,
-            description=f"{about[0].upper()}{about[1:]}.",
-            epilog=f"{examples}\n{PARTS}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(run=run)
-        sub.add_argument("--json", action="store_true", help="print the result as JSON")
-        return sub.add_argument
-
-    def model_arguments(add: Any) -> None:
-        add("--kwargs", type=_keyword_arguments, default={}, help="arguments of the factory, a JSON object")
-        add("--checkpoint", type=Path, metavar="F", help="weights: from torch.save, or .safetensors")
-        add("--select", action="append", help="glob or re:... on modules or weights; can be repeated")
-
-    def input_arguments(add: Any) -> None:
-        shape = "shape, as 1x3x64x64 or name=1x10:int64; one for each input"
-        add("--input", type=_input, action="append", metavar="SHAPE", help=shape)
-        add("--batches", type=_count, default=3, metavar="N", help="random batches to compare (default: 3)")
-        add("--rtol", type=float, help="largest difference, relative to the largest output")
-
-    add = command("export", _export, "write a verified ONNX file", EXPORT)
+    add = _command(commands, "export", _export, "write a verified ONNX file", EXPORT)
     add("model", metavar="MODEL")
-    model_arguments(add)
-    input_arguments(add)
+    _model_arguments(add)
+    _input_arguments(add)
     add("-o", "--output", type=Path, required=True, metavar="F.onnx", help="the file to write")
     add("--dynamic-batch", action="store_true", help="leave the first size of every input free")
     add("--axes", type=_axes, action="append", help="sizes left free, as image=0:batch,2:height")
     add("--opset", type=int, metavar="N", help="ONNX opset (default: the exporter's)")
     add("--input-names", type=_names, metavar="A,B", help="names of the file's inputs")
     add("--output-names", type=_names, metavar="A,B", help="names of the file's outputs")
-    add("--precision", choices=("fp32", "fp16", "bf16", "int8"), default="fp32", help="what it computes in")
+    add("--precision", choices=tuple(PRECISIONS), default="fp32", help="what it computes in")
     add("--calibration", type=Path, metavar="PATH", help="for int8: inputs, .npy or a folder of them")
     add(
         "--external-data",
@@ -343,20 +321,49 @@ def _parser() -> argparse.ArgumentParser:
         help="weights in a file beside (default: > 1.5 GiB)",
     )
 
-    add = command("verify", _verify, "compare an ONNX file with the model that it was made of", VERIFY)
+    add = _command(
+        commands, "verify", _verify, "compare an ONNX file with the model that it was made of", VERIFY
+    )
     add("file", metavar="F.onnx")
     add("--model", required=True, metavar="MODEL")
-    model_arguments(add)
-    input_arguments(add)
+    _model_arguments(add)
+    _input_arguments(add)
 
-    add = command("inspect", _inspect, "show the singular values of every weight", INSPECT)
+    add = _command(commands, "inspect", _inspect, "show the singular values of every weight", INSPECT)
     add("target", metavar="MODEL|CHECKPOINT|F.onnx")
-    model_arguments(add)
+    _model_arguments(add)
     add("--plot", type=Path, metavar="F.png", help="a picture of sigma and the singular values")
     add("--html", type=Path, metavar="F.html", help="a page with table and picture, in one file")
 
-    add = command("convert", _convert, "write a checkpoint in another layout or format", CONVERT)
+    add = _command(commands, "convert", _convert, "write a checkpoint in another layout or format", CONVERT)
     add("source", type=Path, metavar="IN")
     add("target", type=Path, metavar="OUT", help="by its suffix .safetensors, else for torch.load")
     add("--to", choices=LAYOUTS, help="the layout (default: as it is)")
     return parser
+
+
+def _command(commands: Any, name: str, run: Any, about: str, examples: str) -> Any:
+    """Add a command, and give the function that adds its arguments."""
+    sub = commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=f"{examples}\n{PARTS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.set_defaults(run=run)
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    return sub.add_argument
+
+
+def _model_arguments(add: Any) -> None:
+    add("--kwargs", type=_keyword_arguments, default={}, help="arguments of the factory, a JSON object")
+    add("--checkpoint", type=Path, metavar="F", help="weights: from torch.save, or .safetensors")
+    add("--select", action="append", help="glob or re:... on modules or weights; can be repeated")
+
+
+def _input_arguments(add: Any) -> None:
+    shape = "shape, as 1x3x64x64 or name=1x10:int64; one for each input"
+    add("--input", type=_input, action="append", metavar="SHAPE", help=shape)
+    add("--batches", type=_count, default=3, metavar="N", help="random batches to compare (default: 3)")
+    add("--rtol", type=float, help="largest difference, relative to the largest output")

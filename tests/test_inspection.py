@@ -135,6 +135,11 @@ def test_large_weights_by_power_iteration(monkeypatch):
     assert row.exact == pytest.approx(exact_of(layer.weight)[0].item(), rel=1e-4)
     assert (row.spectrum, row.condition) == ((), None)
     assert "by power iteration" in row.why
+    # What can be mended is said first.
+    gm = transform(layer)
+    gm.weight_u.fill_(math.nan)
+    (row,) = inspect_model(gm).rows
+    assert row.why.startswith("NaN or inf in u or v")
 
 
 # --- Checkpoints ---

@@ -121,7 +121,8 @@ def test_the_loss_with_a_penalty_is_one_graph(namespace):
 
 def test_every_file_is_listed_and_exists():
     listed = re.findall(r"^\| `([^`]+)` \|", README, flags=re.MULTILINE)
-    files = [f"specnorm_fx/{p.name}" for p in (ROOT / "specnorm_fx").glob("*.py") if p.name != "__init__.py"]
+    found = (ROOT / "specnorm_fx").rglob("*.py")
+    files = [str(file.relative_to(ROOT)) for file in found if file.name != "__init__.py"]
     assert set(files) <= set(listed)
     for name in listed:
         assert (ROOT / name).exists(), name

@@ -1,0 +1,151 @@
+"""``export``: freeze, write, verify, and only then let the file stand at its path."""
+
+import copy
+import dataclasses
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from specnorm_fx.atomic import replaced
+from specnorm_fx.freeze import freeze
+from specnorm_fx.graph_module import SpectralNormGraphModule, resolve
+from specnorm_fx.onnx.batches import Args, as_batch, dynamic_dimensions, random_batches, tensor_names
+from specnorm_fx.onnx.external_data import is_external, name_by_content, remove_older
+from specnorm_fx.onnx.extra import require
+from specnorm_fx.onnx.precision import checked_calibration
+from specnorm_fx.onnx.verification import Verification, VerificationError, refuse_training, verify
+from specnorm_fx.onnx.writing import append_metadata, write
+from specnorm_fx.report import sigmas
+
+__all__ = ["export"]
+
+# The keys of the metadata that export itself writes.
+OWN = ("max_rel_error", "opset", "precision", "sigmas", "version")
+
+
+def export(
+    model: nn.Module,
+    args: Args,
+    path: str | os.PathLike[str],
+    *,
+    dynamic_batch: bool = False,
+    dynamic_shapes: Any = None,
+    axes: Mapping[str, Mapping[int, str | None]] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset_version: int | None = None,
+    precision: str = "fp32",
+    calibration: Iterable[Args] | None = None,
+    external_data: bool | None = None,
+    metadata: Mapping[str, str] | None = None,
+    n_batches: int = 3,
+    rtol: float | None = None,
+) -> Verification:
+    """Write a transformed model to an ONNX file, its weights frozen, and verify the file.
+
+    The graph has the nodes of the same model without spectral norm, and initializers have the
+    parameters' names (a matrix that the exporter stores transposed for MatMul, too). Floating inputs and
+    outputs are fp32 whatever the precision and the model's dtype, so that the same feeds work. The file
+    appears at ``path`` only when it has passed `verify` on random batches of the shapes of ``args``, of
+    other sizes as well where a dimension is dynamic; integer inputs are drawn from the values in ``args``.
+
+    Its ``metadata_props`` have, under keys with the prefix ``specnorm_fx.``: ``version``, ``opset``,
+    ``precision``, ``sigmas`` (a JSON object, by FQN), ``max_rel_error``, and what ``metadata`` adds. The
+    same input gives the same bytes, on the same machine with the same number of threads.
+
+    Args:
+        model: A transformed model in eval mode, or what `specnorm_fx.freeze` made of one (no ``sigmas``).
+        args: Example inputs: one tensor, or a tuple of positional arguments.
+        path: The file to write; an existing one is replaced.
+        dynamic_batch: The first dimension of every input tensor is free, under the name ``batch``.
+        dynamic_shapes: Instead of ``dynamic_batch`` and ``axes``: as in ``torch.export.export``.
+        axes: Dynamic dimensions by the name of the input, ``{"x": {0: "batch", 2: "height"}}``. One name
+            is one size. None as the name leaves it to the exporter.
+        input_names: Names of the graph's inputs; by default those of the forward's arguments.
+        output_names: Names of its outputs.
+        opset_version: The ONNX opset; by default the exporter's, and at least 22 for bf16.
+        precision: ``"fp32"``; ``"fp16"`` or ``"bf16"``: weights and everything between inputs and
+            outputs (ONNX Runtime has no bf16 on the CPU: such a file is for other devices, and verified
+            by onnx's reference evaluator); ``"int8"``: ONNX Runtime's static quantization, weights
+            per channel, as QuantizeLinear and DequantizeLinear around the operators.
+        calibration: For int8, required: batches like ``args`` of real data, which decide on the ranges
+            of activations. The file is verified on the first ``n_batches`` of them.
+        external_data: Whether the weights go into a file beside ``path``, ``<path>.<hash>.data``; by
+            default above 1.5 GiB. Such files of an older export to ``path`` are removed.
+        metadata: More of it, such as ``{"source_checkpoint_sha256": ...}``.
+        n_batches: How many random batches to verify on.
+        rtol: As in `verify`.
+
+    Returns:
+        What was compared, and the nodes written.
+
+    Raises:
+        ImportError: The extra ``onnx`` is not installed.
+        TypeError: ``model`` holds no transformed model.
+        ValueError: Options that exclude each other, or are missing; ``args`` hold no tensor, ``axes`` name
+            none or one that the model fixes, or the exporter cannot write this opset.
+        RuntimeError: It is in training mode, or torch's exporter fails on it.
+        OSError: ``path`` cannot be written.
+        VerificationError: The file does not agree with the model; none is left behind.
+    """
+    require("onnx", "onnxscript", "onnxruntime")
+    args = as_batch(args)
+    refuse_training(model)
+    gm = resolve(model)
+    names = tensor_names(gm, args, input_names)
+    if dynamic_shapes is not None and (dynamic_batch or axes is not None):
+        raise ValueError("export takes dynamic_batch and axes, or dynamic_shapes, not both.")
+    free = dynamic_dimensions(args, names, axes or {}, dynamic_batch)
+    batches = checked_calibration(precision, calibration, names)
+    if taken := sorted({*OWN} & set(metadata or {})):
+        raise ValueError(f"metadata must have other keys than the file's own, got {', '.join(taken)}.")
+    frozen = freeze(gm) if gm.sites() else copy.deepcopy(gm)
+    external_data = is_external(frozen, external_data)
+
+    target = Path(path)
+    with replaced(target) as written:
+        opset = write(
+            frozen,
+            args,
+            written,
+            precision=precision,
+            calibration=batches,
+            opset_version=opset_version,
+            external_data=external_data,
+            free=free,
+            dynamic_shapes=dynamic_shapes,
+            input_names=input_names,
+            output_names=output_names,
+        )
+        data = name_by_content(written)
+        try:
+            verification = verify(
+                written, gm, batches[:n_batches] or random_batches(args, free, n_batches), rtol=rtol
+            )
+        except VerificationError as error:
+            message = str(error).replace(str(written), str(target))
+            remedy = " Calibrate on more data, or give a larger rtol." if precision == "int8" else ""
+            raise VerificationError(f"{message}{remedy} No file was written.") from error
+        append_metadata(written, _own(gm, precision, opset, verification) | dict(metadata or {}))
+    remove_older(target, data)
+    return dataclasses.replace(verification, path=target)
+
+
+def _own(
+    gm: SpectralNormGraphModule, precision: str, opset: int, verification: Verification
+) -> dict[str, str]:
+    """What export itself says in the metadata, under the keys `OWN`."""
+    own = {
+        "version": importlib.metadata.version("specnorm-fx"),
+        "precision": precision,
+        "opset": str(opset),
+        "max_rel_error": f"{verification.max_rel_error:.2e}",
+    }
+    if gm.sites():
+        own["sigmas"] = json.dumps({fqn: float(sigma) for fqn, sigma in sigmas(gm).items()})
+    return own

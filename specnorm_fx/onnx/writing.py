@@ -1,0 +1,173 @@
+"""A model without spectral norm to an ONNX file, by torch's exporter."""
+
+import contextlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from specnorm_fx.onnx.batches import Axes, array, as_dims
+from specnorm_fx.onnx.extra import require
+from specnorm_fx.onnx.precision import PRECISIONS, convert_, converted, opset_for, quantize, round_folded_
+
+__all__ = ["append_metadata", "write"]
+
+
+def write(
+    model: fx.GraphModule,
+    args: tuple[Any, ...],
+    written: Path,
+    *,
+    precision: str,
+    calibration: list[tuple[Any, ...]],
+    opset_version: int | None,
+    external_data: bool,
+    free: Axes,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> int:
+    """Write a file that nothing has checked yet.
+
+    Args:
+        model: Without spectral norm; it is changed.
+        args: Example inputs.
+        written: The file.
+        precision: One of `specnorm_fx.onnx.precision.PRECISIONS`.
+        calibration: Batches for int8.
+        opset_version: As in `specnorm_fx.onnx.export`.
+        external_data: Whether the weights go into ``<written>.data``.
+        free: The dynamic dimensions of each input tensor.
+        dynamic_shapes: Instead of ``free``, as in ``torch.export.export``.
+        input_names: As in `specnorm_fx.onnx.export`.
+        output_names: As there.
+
+    Returns:
+        The opset.
+
+    Raises:
+        ValueError: The exporter cannot write this opset; the model fixes a dimension of ``free``; or it does
+            not run on ``calibration``.
+        RuntimeError: The exporter fails.
+    """
+    opset_version = opset_for(precision, opset_version)
+    convert_(model, args, PRECISIONS[precision])
+    try:
+        with _quiet_exporter():
+            program: Any = torch.onnx.export(
+                model,
+                converted(args, torch.float32),
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes=as_dims(args, free) if any(free) else dynamic_shapes,
+                input_names=input_names,
+                output_names=output_names,
+                opset_version=opset_version,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise RuntimeError(
+            f"{type(model).__name__} cannot be written by the exporter of torch {torch.__version__}: {why}"
+        ) from error
+    _refuse_changed(program.model, free, opset_version)
+    if precision == "bf16":
+        round_folded_(program.model)
+    _name_initializers_(program.model, model)
+    _drop_stack_traces_(program.model)
+    if precision != "int8":
+        program.save(written, external_data=external_data)
+    else:
+        with tempfile.TemporaryDirectory(dir=written.parent) as folder:
+            written_whole = Path(folder, written.name)
+            program.save(written_whole, external_data=external_data)
+            quantize(written_whole, written, calibration, external_data)
+    return int(program.model.opset_imports[""])
+
+
+def append_metadata(written: Path, metadata: Mapping[str, str]) -> None:
+    """Add ``metadata_props``, and leave the bytes that have been verified as they are.
+
+    Args:
+        written: The file.
+        metadata: By keys without the prefix ``specnorm_fx.``.
+    """
+    (onnx,) = require("onnx")
+    props = [
+        onnx.StringStringEntryProto(key=f"specnorm_fx.{key}", value=value) for key, value in metadata.items()
+    ]
+    # Protobufs that stand one after the other are merged when read.
+    with written.open("ab") as file:
+        file.write(onnx.ModelProto(metadata_props=props).SerializeToString(deterministic=True))
+
+
+def _refuse_changed(model: Any, free: Axes, opset_version: int | None) -> None:
+    """The exporter fixes a dimension that the model does not leave free, and keeps its own opset."""
+    for value, dims in zip(model.graph.inputs, free, strict=False):
+        if fixed := [dim for dim in dims if isinstance(value.shape[dim], int)]:
+            raise ValueError(
+                f"Dynamic dimensions must be free in the model, and dimension {fixed[0]} of {value.name!r} "
+                f"is always {value.shape[fixed[0]]} there. Leave it out of axes and dynamic_batch."
+            )
+    if opset_version not in (None, model.opset_imports[""]):
+        raise ValueError(
+            f"opset_version={opset_version} cannot be had for this model: the exporter of torch "
+            f"{torch.__version__} writes opset {model.opset_imports['']}. Leave it out, or try one nearer to "
+            f"that."
+        )
+
+
+def _name_initializers_(model: Any, frozen: fx.GraphModule) -> None:
+    """Give a matrix that the exporter folded into its transpose the name of its parameter, in place."""
+    taken = set(model.graph.initializers)
+    missing = {
+        name: array(parameter)
+        for name, parameter in frozen.named_parameters()
+        if name not in taken and parameter.ndim == 2
+    }
+    for value in list(model.graph.initializers.values()):
+        stored = value.const_value.numpy()
+        for name, parameter in missing.items():
+            if stored.shape == parameter.shape[::-1] and np.array_equal(stored, parameter.T):
+                value.name = name
+                del missing[name]
+                break
+
+
+def _drop_stack_traces_(model: Any) -> None:
+    """The paths and source lines of the exporting machine have no place in a deployed file, in place."""
+    for node in model.graph:
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without what torch.onnx says about itself: each message here was seen with torch 2.13."""
+    loggers = [
+        logging.getLogger(name)
+        for name in (
+            "torch.onnx._internal.exporter._registration",  # "torchvision is not installed. Skipping ..."
+            "torch.onnx._internal.exporter._compat",  # an opset that it cannot convert to, with traceback
+            "onnxscript.version_converter",
+            "onnxscript.version_converter._version_converter",
+        )
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            # The exporter uses what torch.utils._pytree has deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            # Several inputs with one name for a dimension share it, which is meant.
+            warnings.filterwarnings("ignore", message="# The axis name: .* will not be used")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

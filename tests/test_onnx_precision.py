@@ -1,0 +1,212 @@
+"""ONNX files in every precision: what they hold, how exact they are, what they say of themselves."""
+
+import importlib.metadata
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, numpy_helper
+from torch import nn
+
+import specnorm_fx
+from specnorm_fx import freeze, transform
+from specnorm_fx.onnx import VerificationError, export, verify
+from specnorm_fx.onnx.verification import LIMITS, _File
+from tests.onnx_files import plain_export, trained
+
+
+class Folded(nn.Module):
+    """Batch norm that the exporter folds into the convolution, and an input that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.skip = nn.Conv2d(3, 8, 1)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.norm(self.conv(x)) + self.skip(x)).mean((2, 3)))
+
+
+IMAGES = (3, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def folded():
+    """Trained, and the same in float64 with its weights frozen."""
+    torch.manual_seed(0)
+    gm = trained(Folded, lambda: (torch.randn(4, *IMAGES),))
+    return gm, freeze(gm).double()
+
+
+@pytest.fixture(scope="module")
+def files(folded, tmp_path_factory):
+    """One file of each precision, and what export said."""
+    torch.manual_seed(1)
+    folder, x = tmp_path_factory.mktemp("precision"), torch.randn(4, *IMAGES)
+    options = {"int8": {"calibration": (torch.randn(4, *IMAGES) for _ in range(4))}}
+    return {
+        precision: export(
+            folded[0],
+            x,
+            folder / f"{precision}.onnx",
+            precision=precision,
+            dynamic_batch=True,
+            metadata={"source_checkpoint_sha256": "ab12"},
+            **options.get(precision, {}),
+        )
+        for precision in ("fp32", "fp16", "bf16", "int8")
+    }
+
+
+PRECISIONS = {"fp16": (TensorProto.FLOAT16, torch.float16), "bf16": (TensorProto.BFLOAT16, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_half_precision_inside_and_fp32_outside(precision, files, folded):
+    report, (stored, dtype) = files[precision], PRECISIONS[precision]
+    graph = onnx.load(report.path).graph
+    assert {i.type.tensor_type.elem_type for i in (*graph.input, *graph.output)} == {TensorProto.FLOAT}
+    weights = {i.name: i for i in graph.initializer if i.data_type != TensorProto.INT64}
+    assert {i.data_type for i in weights.values()} == {stored}
+    frozen = freeze(folded[0]).skip.weight.to(dtype).float().detach().numpy()
+    np.testing.assert_array_equal(numpy_helper.to_array(weights["skip.weight"]).astype(np.float32), frozen)
+    assert report.nodes == files["fp32"].nodes | {"Cast": 2}
+    # Rounded, and no more: within the limit of the truth, and not within that of fp32.
+    x = torch.randn(9, *IMAGES)
+    (got,) = _File(report.path).outputs((x,))
+    truth = folded[1](x.double()).detach().numpy()
+    error = np.abs(got - truth).max() / np.abs(truth).max()
+    assert LIMITS["fp32"] < error < 2 * torch.finfo(dtype).eps
+    assert report.rtol == LIMITS[precision] == 16 * torch.finfo(dtype).eps
+    with pytest.raises(VerificationError, match="disagrees"):
+        verify(report.path, folded[0], x, rtol=LIMITS["fp32"])
+
+
+def test_bf16_is_run_by_the_reference_evaluator(files):
+    """Until ONNX Runtime has bf16 on the CPU."""
+    assert files["bf16"].evaluator == "onnx's reference evaluator"
+    assert {files[precision].evaluator for precision in ("fp32", "fp16", "int8")} == {"ONNX Runtime"}
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented):
+        onnxruntime.InferenceSession(files["bf16"].path)
+
+
+def test_int8_per_channel(files, folded):
+    report = files["int8"]
+    stored = {i.name: numpy_helper.to_array(i) for i in onnx.load(report.path).graph.initializer}
+    assert stored["skip.weight_quantized"].dtype == np.int8
+    assert stored["skip.weight_scale"].shape == (8,)
+    # A step of each channel is its largest weight by 127.
+    weight = freeze(folded[0]).skip.weight.detach().numpy()
+    np.testing.assert_allclose(stored["skip.weight_scale"], np.abs(weight).max((1, 2, 3)) / 127, rtol=1e-6)
+    assert LIMITS["fp32"] < report.max_rel_error < report.rtol == LIMITS["int8"]
+    assert report.batches == 3
+    assert {name: report.nodes[name] for name in ("Conv", "Gemm")} == {"Conv": 2, "Gemm": 1}
+    with pytest.raises(VerificationError, match=r"limit 1.000e-04. Calibrate on .* No file was written"):
+        export(
+            folded[0],
+            torch.randn(4, *IMAGES),
+            report.path.with_name("never.onnx"),
+            precision="int8",
+            calibration=[torch.randn(4, *IMAGES)],
+            rtol=1e-4,
+        )
+    assert not report.path.with_name("never.onnx").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_another_dtype_is_written_in_fp32(dtype, tmp_path):
+    gm = transform(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))).to(dtype).eval()
+    x = torch.randn(3, 6, dtype=dtype)
+    report = export(gm, x, tmp_path / "m.onnx")
+    assert (report.precision, report.evaluator) == ("fp32", "ONNX Runtime")
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    kinds = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+    assert kinds | {i.data_type for i in graph.initializer} == {TensorProto.FLOAT}
+    assert {parameter.dtype for parameter in gm.parameters()} == {dtype}
+    of_dtype = {torch.float64: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    assert report.rtol == LIMITS[of_dtype]
+
+
+def test_verify_takes_foreign_files_with_bf16_inputs_and_outputs(tmp_path):
+    """Numpy has no bf16: what stock torch.onnx.export writes for a model in it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).bfloat16().eval()
+    x = torch.randn(2, *IMAGES, dtype=torch.bfloat16)
+    plain_export(model, (x,), tmp_path / "b.onnx", opset_version=22)
+    report = verify(tmp_path / "b.onnx", model, x)
+    assert (report.precision, report.rtol) == ("bf16", LIMITS["bf16"])
+    with torch.no_grad():
+        model[0].weight[0] += 1
+    with pytest.raises(VerificationError, match="disagrees"):
+        verify(tmp_path / "b.onnx", model, x)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_structure_is_that_without_spectral_norm(precision, files, folded):
+    batches = [torch.randn(batch, *IMAGES) for batch in (1, 4)]
+    report = verify(files[precision].path, folded[0], batches, structure=True)
+    assert report.nodes == files[precision].nodes
+
+
+def test_structure_of_a_foreign_file_in_fp64(tmp_path):
+    gm = transform(nn.Sequential(nn.Linear(6, 5), nn.ReLU())).double().eval()
+    x = torch.randn(2, 6, dtype=torch.float64)
+    plain_export(freeze(gm), (x,), tmp_path / "d.onnx")
+    report = verify(tmp_path / "d.onnx", gm, x, structure=True)
+    assert (report.precision, report.rtol) == ("fp64", LIMITS["fp64"])
+    assert report.nodes == {"Gemm": 1, "Relu": 1}
+
+
+# --- What the file and the report say ---
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_metadata(precision, files, folded):
+    report = files[precision]
+    proto = onnx.load(report.path)
+    props = {p.key.removeprefix("specnorm_fx."): p.value for p in proto.metadata_props if "specnorm" in p.key}
+    sigmas = {fqn: sigma.item() for fqn, sigma in specnorm_fx.sigmas(folded[0]).items()}
+    assert json.loads(props.pop("sigmas")) == sigmas
+    assert props == {
+        "version": importlib.metadata.version("specnorm-fx"),
+        "opset": str(proto.opset_import[0].version),
+        "precision": precision,
+        "max_rel_error": f"{report.max_rel_error:.2e}",
+        "source_checkpoint_sha256": "ab12",
+    }
+    if precision != "bf16":
+        session = onnxruntime.InferenceSession(report.path)
+        assert session.get_modelmeta().custom_metadata_map["specnorm_fx.precision"] == precision
+
+
+def test_no_paths_of_this_machine_in_the_file(files):
+    for report in files.values():
+        content = report.path.read_bytes()
+        assert b".py" not in content
+        assert str(report.path.parent).encode() not in content
+
+
+def test_the_report_reads_well(files):
+    lines = str(files["fp16"]).splitlines()
+    assert lines[0] == f"{files['fp16'].path}: 1 Add, 2 Cast, 2 Conv, 1 Gemm, 1 ReduceMean, 1 Relu"
+    assert lines[1].startswith("agrees with the model on 3 batches: max abs error ")
+    assert lines[1].endswith(" (limit 1.56e-02, fp16, ONNX Runtime)")
+
+
+def test_histogram_and_json(files, folded):
+    batches = [torch.randn(batch, *IMAGES) for batch in (2, 5)]
+    report = verify(files["fp16"].path, folded[0], batches)
+    assert sum(report.histogram.values()) == (2 + 5) * 4
+    assert list(report.histogram) == sorted(report.histogram, key=float)
+    largest = float(list(report.histogram)[-1])
+    assert largest <= report.max_rel_error < 10 * largest
+    read = json.loads(report.to_json())
+    assert read["histogram"] == report.histogram
+    assert (read["path"], read["precision"]) == (str(files["fp16"].path), "fp16")
+    same = verify(files["fp32"].path, freeze(folded[0]), torch.zeros(0, *IMAGES))
+    assert same.histogram == {"0": 0}

@@ -1,0 +1,167 @@
+"""`specnorm_fx.onnx.verify`: it fails where it must, and nowhere else."""
+
+import copy
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from specnorm_fx import freeze, transform
+from specnorm_fx.onnx import VerificationError, export, verify
+from specnorm_fx.onnx.verification import LIMITS
+from tests.architectures import ProjectionDiscriminator
+from tests.models import Discriminator, case_named
+from tests.onnx_files import plain_export, trained
+
+
+@pytest.fixture(scope="module")
+def discriminator(tmp_path_factory):
+    torch.manual_seed(0)
+    gm = trained(Discriminator, case_named("discriminator").inputs)
+    path = tmp_path_factory.mktemp("exported") / "d.onnx"
+    export(gm, case_named("discriminator").inputs(), path)
+    return gm, path
+
+
+@pytest.fixture
+def exported(discriminator, tmp_path):
+    """The model, and a copy of its file to break."""
+    gm, path = discriminator
+    (tmp_path / "d.onnx").write_bytes(path.read_bytes())
+    return gm, tmp_path / "d.onnx"
+
+
+def edit(path, change):
+    proto = onnx.load(path)
+    change(proto.graph)
+    onnx.save(proto, path)
+
+
+@pytest.mark.parametrize("name", ["fc.weight", "blocks.0.conv1.weight", "blocks.1.skip.weight", "fc.bias"])
+@pytest.mark.parametrize("change", [0.01, np.nan])
+def test_a_wrong_weight_makes_verify_fail(exported, name, change):
+    gm, path = exported
+    batches = [case_named("discriminator").inputs() for _ in range(3)]
+    verify(path, gm, batches)
+
+    def plant(graph):
+        for initializer in graph.initializer:
+            if initializer.name == name:
+                array = numpy_helper.to_array(initializer).copy()
+                array.flat[0] += change
+                initializer.CopyFrom(numpy_helper.from_array(array, name))
+
+    edit(path, plant)
+    with pytest.raises(VerificationError, match=r"disagrees with Discriminator on batch 0.*max abs error"):
+        verify(path, gm, batches)
+
+
+def test_verify_refuses_other_models_and_broken_files(exported, tmp_path):
+    gm, path = exported
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(VerificationError, match=r"takes 1 inputs \(x\), and the batch has 2"):
+        verify(path, gm, (x, x))
+    with pytest.raises(VerificationError, match="gives an output of shape"):
+        verify(path, nn.Flatten().eval(), x)
+    with pytest.raises(VerificationError, match="has 1 outputs, and the model has 2"):
+        verify(path, transform(nn.Sequential(nn.Conv2d(3, 2, 8), Split())).eval(), x)
+    with pytest.raises(VerificationError, match="ONNX Runtime cannot run"):
+        verify(path, gm, torch.randn(5, 3, 8, 8))
+    (tmp_path / "broken.onnx").write_bytes(path.read_bytes()[:500])
+    with pytest.raises(VerificationError, match=r"broken.onnx is not a valid ONNX model"):
+        verify(tmp_path / "broken.onnx", gm, x)
+    with pytest.raises(FileNotFoundError, match="There is no ONNX file"):
+        verify(tmp_path / "none.onnx", gm, x)
+    with pytest.raises(ValueError, match="at least one batch"):
+        verify(path, gm, [])
+    with pytest.raises(RuntimeError, match=r"Discriminator is in training mode.*Call .eval\(\) first"):
+        verify(path, copy.deepcopy(gm).train(), x)
+
+
+class Split(nn.Module):
+    def forward(self, x):
+        return x[:, :1], x[:, 1:]
+
+
+def test_integer_outputs_must_be_equal(tmp_path):
+    class Decision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.lin(x).argmax(1)
+
+    gm = transform(Decision()).eval()
+    report = export(gm, torch.randn(8, 4), tmp_path / "d.onnx")
+    assert (report.rtol, report.max_abs_error) == (0.0, 0.0)
+    other = transform(Decision()).eval()
+    with pytest.raises(VerificationError, match=r"limit 0.000e\+00"):
+        verify(tmp_path / "d.onnx", other, torch.randn(8, 4))
+
+
+def test_the_limit_reported_is_the_largest_of_the_outputs(tmp_path):
+    class ScoreAndDecision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.lin(x), self.lin(x).argmax(1)
+
+    report = export(transform(ScoreAndDecision()).eval(), torch.randn(8, 4), tmp_path / "d.onnx")
+    assert report.max_rel_error <= report.rtol == LIMITS["fp32"]
+
+
+def test_structure_refuses_what_the_stock_exporter_leaves(tmp_path):
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(128, 128)).eval()
+    x = torch.randn(2, 128)
+    plain_export(model, (x,), tmp_path / "stock.onnx")
+    gm = transform(model)
+    verify(tmp_path / "stock.onnx", gm, x)
+    match = r"stock.onnx has other operators .* without spectral norm: 1 Div for 0, .*2 MatMul for 0"
+    with pytest.raises(VerificationError, match=match):
+        verify(tmp_path / "stock.onnx", gm, x, structure=True)
+
+
+# --- A score near zero is the small difference of large terms ---
+
+
+@pytest.fixture(scope="module")
+def near_zero(tmp_path_factory):
+    """A BigGAN, an image and its label whose score is near zero, and the file."""
+    torch.manual_seed(0)
+    gm = transform(ProjectionDiscriminator(), "*").eval()
+    args = torch.randn(1, 3, 16, 16), torch.tensor([3])
+    with torch.no_grad():
+        gm.linear.bias -= freeze(gm).double()(args[0].double(), args[1])[0] - 1e-6
+    path = tmp_path_factory.mktemp("near_zero") / "d.onnx"
+    export(gm, (torch.randn(1, 3, 16, 16), torch.tensor([3])), path)
+    return gm, args, path
+
+
+def test_a_score_near_zero_is_held_to_the_size_of_its_terms(near_zero):
+    gm, args, path = near_zero
+    truth = freeze(gm).double()(args[0].double(), args[1]).item()
+    (got,) = onnxruntime.InferenceSession(path).run(None, {"x": args[0].numpy(), "label": args[1].numpy()})
+    errors = abs(got.item() - truth), abs(gm(*args).item() - truth)
+    # As relative to the score, eager fp32 fails by itself, and the file is about as exact as it is.
+    assert errors[1] > LIMITS["fp32"] * abs(truth)
+    report = verify(path, gm, args)
+    # What the score is held to is a few hundred times what fp32 leaves of it, and no more.
+    size = report.max_abs_error / report.max_rel_error
+    assert max(errors) < report.rtol * size < 500 * max(errors)
+
+
+@pytest.mark.parametrize("name", ["linear.weight", "blocks.0.conv1.weight"])
+def test_a_wrong_weight_fails_near_zero_too(near_zero, name):
+    gm, args, path = near_zero
+    wrong = copy.deepcopy(gm)
+    with torch.no_grad():
+        wrong.get_parameter(name).flatten()[0] += 0.01
+    with pytest.raises(VerificationError, match="disagrees"):
+        verify(path, wrong, args)
