@@ -179,7 +179,7 @@ def export(
         raise ValueError("export takes dynamic_batch and axes, or dynamic_shapes, not both.")
     free = _axes(args, names, axes or {}, dynamic_batch)
     batches = _calibration_batches(precision, calibration, names)
-    own = {"version": importlib.metadata.version("specnorm-fx"), "precision": precision}
+    own = {"version": _version(), "precision": precision}
     if taken := sorted(set(metadata or {}) & {*own, "opset", "sigmas", "max_rel_error"}):
         raise ValueError(f"metadata must have other keys than the file's own, got {', '.join(taken)}.")
     frozen = freeze(gm) if gm.sites() else copy.deepcopy(gm)
@@ -220,6 +220,14 @@ def export(
         _append_metadata(written, own | dict(metadata or {}))
     _remove_older_data(target, data)
     return dataclasses.replace(verification, path=target)
+
+
+def _version() -> str:
+    """That of this library, "unknown" where it runs from a source tree that nobody installed."""
+    try:
+        return importlib.metadata.version("specnorm-fx")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def verify(

@@ -1,6 +1,7 @@
 """ONNX: the nodes and names of the model without spectral norm, verified values, and every refusal."""
 
 import copy
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -341,6 +342,18 @@ def test_structure_refuses_what_the_stock_exporter_leaves(tmp_path):
 # --- What the file and the report say ---
 
 
+def test_a_source_tree_that_is_not_installed(tmp_path, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    specnorm_fx.onnx.export(transform(nn.Linear(3, 2)).eval(), torch.randn(2, 3), tmp_path / "d.onnx")
+    (version,) = (
+        p.value for p in onnx.load(tmp_path / "d.onnx").metadata_props if p.key == "specnorm_fx.version"
+    )
+    assert version == "unknown"
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 def test_metadata(precision, files, folded):
     report = files[precision]
@@ -349,7 +362,7 @@ def test_metadata(precision, files, folded):
     sigmas = {fqn: sigma.item() for fqn, sigma in specnorm_fx.sigmas(folded[0]).items()}
     assert json.loads(props.pop("sigmas")) == sigmas
     assert props == {
-        "version": __import__("importlib.metadata").metadata.version("specnorm-fx"),
+        "version": importlib.metadata.version("specnorm-fx"),
         "opset": str(proto.opset_import[0].version),
         "precision": precision,
         "max_rel_error": f"{report.max_rel_error:.2e}",

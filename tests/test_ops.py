@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -127,8 +128,9 @@ def test_a_model_of_several_dtypes(implementation):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_kernels_read_one_dtype(device):
+def test_kernels_read_one_dtype(device, monkeypatch):
     """Also where another one has the same compute dtype."""
+    monkeypatch.setattr(ops, "_cuda_kernels", SimpleNamespace)  # there may be no GPU
 
     def weight(dtype):
         return SimpleNamespace(device=torch.device(device), dtype=dtype)
@@ -136,6 +138,18 @@ def test_kernels_read_one_dtype(device):
     single, half = weight(torch.float32), weight(torch.bfloat16)
     assert ops._kernels([single, single]) is not None
     assert ops._kernels([single, half]) is None
+
+
+def test_without_a_c_compiler_cuda_goes_by_the_reference(monkeypatch):
+    triton_kernels = pytest.importorskip("specnorm_fx.triton_kernels")
+
+    def start():
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(triton_kernels, "start", start)
+    monkeypatch.setattr(ops, "_cuda_kernels", functools.cache(ops._cuda_kernels.__wrapped__))
+    with pytest.warns(UserWarning, match="python3-dev.*got: Failed to find C compiler"):
+        assert ops._kernels([SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)]) is None
 
 
 def test_only_part_of_the_weights_trains():
