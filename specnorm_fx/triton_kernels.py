@@ -346,7 +346,11 @@ def _pass_kernel(
     VEC: tl.constexpr,
     L: tl.constexpr,
 ):
-    PLAIN_LENGTH: tl.constexpr = 1 if C == tl.float64 else 2
+    # Longer tiles where 16-byte vectors save address registers, a shorter one where nothing does.
+    PLAIN: tl.constexpr = 1 if C == tl.float64 else 2
+    WIDER: tl.constexpr = PLAIN * WIDE_Q
+    LONGER: tl.constexpr = PLAIN * TALL_Q
+    SHORT: tl.constexpr = TALL_Q // 2
     layer, row, block = _find(table, PASS_START, L)
     if step < tl.maximum(tl.load(row + ITERATIONS), 1):
         eps = tl.load(epsilons + layer)
@@ -354,66 +358,18 @@ def _pass_kernel(
         kind = _kind(row, at % 16 == 0)
         x = _pointer(_address(xs, layer, L), C, False)
         y = _pointer(_address(ys, layer, L), C, False)
-        # Longer tiles where 16-byte vectors save address registers, shorter ones where nothing does.
         if kind == WIDE_PLAIN:
             _block(
-                at,
-                row,
-                block,
-                eps,
-                x,
-                y,
-                vectors,
-                workspace,
-                sums,
-                FIRST,
-                W,
-                C,
-                WIDE_P,
-                PLAIN_LENGTH * WIDE_Q,
-                VEC,
-                False,
+                at, row, block, eps, x, y, vectors, workspace, sums, FIRST, W, C, WIDE_P, WIDER, VEC, False
             )
         elif kind == TALL_PLAIN:
             _block(
-                at,
-                row,
-                block,
-                eps,
-                x,
-                y,
-                vectors,
-                workspace,
-                sums,
-                FIRST,
-                W,
-                C,
-                TALL_P,
-                PLAIN_LENGTH * TALL_Q,
-                VEC,
-                False,
+                at, row, block, eps, x, y, vectors, workspace, sums, FIRST, W, C, TALL_P, LONGER, VEC, False
             )
         elif kind == TALL_P_UNIT:
             _block(at, row, block, eps, x, y, vectors, workspace, sums, FIRST, W, C, TALL_P, TALL_Q, 0, True)
         elif kind == TALL:
-            _block(
-                at,
-                row,
-                block,
-                eps,
-                x,
-                y,
-                vectors,
-                workspace,
-                sums,
-                FIRST,
-                W,
-                C,
-                TALL_P,
-                TALL_Q // 2,
-                0,
-                False,
-            )
+            _block(at, row, block, eps, x, y, vectors, workspace, sums, FIRST, W, C, TALL_P, SHORT, 0, False)
         else:
             _block(at, row, block, eps, x, y, vectors, workspace, sums, FIRST, W, C, WIDE_P, WIDE_Q, 0, False)
 
