@@ -2,7 +2,8 @@
 
     python benchmarks/run.py [--device cuda] [--models mlp sngan-32] [--only step sn] [--out DIR]
 
-Prints tables; leaves <device>-<date>.json, .md and .png. See benchmarks/README.md.
+Goes on with what the results in DIR lack, prints tables, and leaves <device>-<date>.json, .md and .png. See
+benchmarks/README.md.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import datetime
 import functools
 import gc
 import json
+import math
 import os
 import platform
 import random
@@ -18,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import report
 import torch
@@ -174,7 +176,7 @@ def measure_onnx(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     return measure_files(case, args.repetitions, args.seconds)
 
 
-MEASUREMENTS = {
+MEASUREMENTS: dict[str, Callable[[Case, argparse.Namespace], dict[str, Any]]] = {
     "step": measure_step,
     "sn": measure_sn,
     "penalty": measure_penalty,
@@ -182,6 +184,54 @@ MEASUREMENTS = {
     "memory": measure_memory,
     "onnx": measure_onnx,
 }
+WITHOUT_MODES = ("compile", "onnx")
+
+# A GPU is often lent for ten minutes, and what outlasts them is killed. So there a run ends by itself, and
+# begins with what is wanted most. Three seconds are twenty rounds of the spectral norm alone.
+MINUTES = {"cpu": math.inf, "cuda": 9.0}
+SECONDS = {"cpu": 30.0, "cuda": 3.0}
+WANTED = ("sn", "step")
+
+
+class Part(NamedTuple):
+    """What is measured, and written, at once."""
+
+    what: str
+    model: str
+    modes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        modes = "" if self.what in WITHOUT_MODES else f" {', '.join(self.modes)}"
+        return f"{self.model}: {self.what}{modes}"
+
+    def is_in(self, models: dict[str, Any]) -> bool:
+        """Whether results have it."""
+        found = models.get(self.model, {}).get(self.what)
+        return found is not None and (self.what in WITHOUT_MODES or set(self.modes) <= found.keys())
+
+
+def parts(args: argparse.Namespace) -> list[Part]:
+    """All that the command line asks for, in the order in which it is measured.
+
+    Model by model on the CPU. On CUDA each mode is a part, and the spectral norm alone and the step come
+    first, of these eager mode, where nothing is compiled, of each mode the small models.
+    """
+    if args.device == "cpu":
+        return [Part(what, name, tuple(args.modes)) for name in args.models for what in args.only]
+    found = []
+    for what in args.only:
+        # Of a gradient penalty, each mode is held against eager: they share the rounds.
+        whole = what == "penalty" or what in WITHOUT_MODES
+        for modes in [tuple(args.modes)] if whole else [(mode,) for mode in args.modes]:
+            found += [Part(what, name, modes) for name in args.models]
+
+    def rank(part: Part) -> tuple[object, ...]:
+        mode, model = args.modes.index(part.modes[0]), CASES[part.model].parameters
+        if part.what in WANTED:
+            return 0, mode, model, WANTED.index(part.what)
+        return 1, args.only.index(part.what), mode, model
+
+    return sorted(found, key=rank)
 
 
 def size(case: Case, device: str) -> dict[str, Any]:
@@ -230,12 +280,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=training)
     parser.add_argument("--modes", nargs="+", choices=MODES["cuda"], help="default: all that fit the device")
     parser.add_argument("--repetitions", type=int, default=200, help="rounds of a measurement, at most")
-    parser.add_argument("--seconds", type=float, default=30.0, help="budget of the rounds of a measurement")
+    parser.add_argument("--seconds", type=float, help="budget of the rounds of a measurement; 30, on CUDA 3")
+    parser.add_argument("--minutes", type=float, help="of the whole run; no limit, on CUDA 9")
+    parser.add_argument("--again", action="store_true", help="measure also what the results have")
     parser.add_argument("--processes", type=int, default=3, help="cold compiles of each variant")
     parser.add_argument("--quick", action="store_true", help="three rounds, one process: a smoke test")
     args = parser.parse_args(argv)
     if args.quick:
-        args.repetitions, args.processes = 3, 1
+        args.repetitions, args.processes, args.again = 3, 1, True
+    args.seconds = SECONDS[args.device] if args.seconds is None else args.seconds
+    args.minutes = MINUTES[args.device] if args.minutes is None else args.minutes
     args.modes = args.modes or list(MODES[args.device])
     if not set(args.modes) <= set(MODES[args.device]):
         parser.error(f"on {args.device} the modes are {', '.join(MODES[args.device])}")
@@ -254,7 +308,8 @@ def begin(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     results = json.loads(path.read_text()) if path.exists() else fresh
     if results["environment"] != fresh["environment"]:
         raise SystemExit(f"{path} holds results of another environment: choose another --out.")
-    results["runs"].append({name: value for name, value in vars(args).items() if name != "out"})
+    kept = {name: value for name, value in vars(args).items() if name != "out" and value != math.inf}
+    results["runs"].append(kept)
     return results
 
 
@@ -266,7 +321,7 @@ def pin_allocator() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure model by model, and write after each: a run that is cut short leaves what it has."""
+    """Measure part by part, and write after each: a run that is cut short leaves what it has."""
     args = parse(argv)
     if args.device == "cpu":
         pin_allocator()
@@ -274,21 +329,60 @@ def main(argv: list[str] | None = None) -> None:
     # What a smoke test measures must not come among what is kept.
     path = args.out / f"{args.device}-{datetime.date.today()}{'-quick' if args.quick else ''}.json"
     results = begin(path, args)
-    for name in args.models:
-        case = CASES[name]
-        measured = results["models"].setdefault(name, {})
-        measured |= size(case, args.device)
-        for what in args.only:
-            print(f"{time.perf_counter() - start:5.0f} s  {name}: {what}", file=sys.stderr, flush=True)
-            measured[what] = MEASUREMENTS[what](case, args)
-            with replaced(path) as written:
-                written.write_text(json.dumps(results, indent=1) + "\n")
-            # What this took goes back, and the compiled code.
-            torch.compiler.reset()
-            gc.collect()
-            if args.device == "cuda":
-                torch.cuda.empty_cache()
+    due = [part for part in parts(args) if args.again or not part.is_in(results["models"])]
+    longest = 0.0
+    while due:
+        elapsed = time.perf_counter() - start
+        # A part takes about as long as the longest before it, at most.
+        if elapsed + longest > 60 * args.minutes:
+            break
+        part = due.pop(0)
+        print(f"{elapsed:5.0f} s  {part}", file=sys.stderr, flush=True)
+        measured = results["models"].setdefault(part.model, {})
+        measured.update({} if "parameters" in measured else size(CASES[part.model], args.device))
+        found = MEASUREMENTS[part.what](
+            CASES[part.model], argparse.Namespace(**{**vars(args), "modes": part.modes})
+        )
+        measured.setdefault(part.what, {}).update(found)
+        results["runs"][-1]["left_out"] = [str(other) for other in due]
+        write(results, path)
+        # What this took goes back, and the compiled code.
+        torch.compiler.reset()
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        longest = max(longest, time.perf_counter() - start - elapsed)
+    results["runs"][-1]["left_out"] = [str(part) for part in due]
+    write(results, path)
     report.write(path)
+    if due:
+        print(_left_out(due, args), file=sys.stderr)
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    """Leave the results, whole or not at all.
+
+    Args:
+        results: From `begin`, with what was measured.
+        path: Of the file.
+    """
+    with replaced(path) as written:
+        written.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _left_out(due: list[Part], args: argparse.Namespace) -> str:
+    """What the minutes were not enough for, and the command that goes on."""
+    names = "\n".join(f"  {part}" for part in due)
+    wanted = {
+        "models": [name for name in args.models if any(name == part.model for part in due)],
+        "only": [what for what in args.only if any(what == part.what for part in due)],
+        "modes": [mode for mode in args.modes if any(mode in part.modes for part in due)],
+    }
+    options = " ".join(f"--{name} {' '.join(values)}" for name, values in wanted.items())
+    return (
+        f"Not measured in {args.minutes:g} minutes:\n{names}\nGo on, with the same --out:\n"
+        f"  python benchmarks/run.py --device {args.device} {options} --out DIR"
+    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ installed, and elsewhere `specnorm_fx.reference`, weight by weight. All three ta
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -101,6 +102,15 @@ def _cuda_kernels() -> ModuleType | None:
         return None
     from specnorm_fx import triton_kernels
 
+    try:
+        triton_kernels.start()
+    except Exception as error:  # without a C compiler, or Python's headers, of types without a common one
+        warnings.warn(
+            f"Triton cannot build its launcher, so spectral norm on CUDA goes by single operations, which is "
+            f"slow. It must have a C compiler and Python's headers (python3-dev), got: {error}",
+            stacklevel=2,
+        )
+        return None
     return triton_kernels
 
 

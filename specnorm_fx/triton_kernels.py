@@ -40,10 +40,13 @@ from torch import Tensor
 
 from specnorm_fx import reference
 
-__all__ = ["normalize", "normalize_backward", "power_iteration"]
+__all__ = ["normalize", "normalize_backward", "power_iteration", "start"]
 
 # CUDA takes 4 KB of kernel arguments; three pointers a weight make 1.5 KB. More weights: more chunks.
 MAX_WEIGHTS = 64
+# A kernel is compiled for 8, 16, 32 and 64 weights; fewer are filled up. An address too many costs less than
+# a microsecond in a launch, compiling the kernels some seconds.
+MIN_WEIGHTS = 8
 
 # Tiles [p, q] of 4096 elements for 256 threads. WIDE is for long rows: a warp reads 512 bytes of one
 # row, and the sum over p stays within a thread. TALL is for short rows, and for weights that are
@@ -343,7 +346,11 @@ def _pass_kernel(
     VEC: tl.constexpr,
     L: tl.constexpr,
 ):
-    PLAIN_LENGTH: tl.constexpr = 1 if C == tl.float64 else 2
+    # Longer tiles where 16-byte vectors save address registers, a shorter one where nothing does.
+    PLAIN: tl.constexpr = 1 if C == tl.float64 else 2
+    WIDER: tl.constexpr = PLAIN * WIDE_Q
+    LONGER: tl.constexpr = PLAIN * TALL_Q
+    SHORT: tl.constexpr = TALL_Q // 2
     layer, row, block = _find(table, PASS_START, L)
     if step < tl.maximum(tl.load(row + ITERATIONS), 1):
         eps = tl.load(epsilons + layer)
@@ -351,66 +358,18 @@ def _pass_kernel(
         kind = _kind(row, at % 16 == 0)
         x = _pointer(_address(xs, layer, L), C, False)
         y = _pointer(_address(ys, layer, L), C, False)
-        # Longer tiles where 16-byte vectors save address registers, shorter ones where nothing does.
         if kind == WIDE_PLAIN:
             _block(
-                at,
-                row,
-                block,
-                eps,
-                x,
-                y,
-                vectors,
-                workspace,
-                sums,
-                FIRST,
-                W,
-                C,
-                WIDE_P,
-                PLAIN_LENGTH * WIDE_Q,
-                VEC,
-                False,
+                at, row, block, eps, x, y, vectors, workspace, sums, FIRST, W, C, WIDE_P, WIDER, VEC, False
             )
         elif kind == TALL_PLAIN:
             _block(
-                at,
-                row,
-                block,
-                eps,
-                x,
-                y,
-                vectors,
-                workspace,
-                sums,
-                FIRST,
-                W,
-                C,
-                TALL_P,
-                PLAIN_LENGTH * TALL_Q,
-                VEC,
-                False,
+                at, row, block, eps, x, y, vectors, workspace, sums, FIRST, W, C, TALL_P, LONGER, VEC, False
             )
         elif kind == TALL_P_UNIT:
             _block(at, row, block, eps, x, y, vectors, workspace, sums, FIRST, W, C, TALL_P, TALL_Q, 0, True)
         elif kind == TALL:
-            _block(
-                at,
-                row,
-                block,
-                eps,
-                x,
-                y,
-                vectors,
-                workspace,
-                sums,
-                FIRST,
-                W,
-                C,
-                TALL_P,
-                TALL_Q // 2,
-                0,
-                False,
-            )
+            _block(at, row, block, eps, x, y, vectors, workspace, sums, FIRST, W, C, TALL_P, SHORT, 0, False)
         else:
             _block(at, row, block, eps, x, y, vectors, workspace, sums, FIRST, W, C, WIDE_P, WIDE_Q, 0, False)
 
@@ -773,7 +732,7 @@ class _Chunk(NamedTuple):
     swapped: list[bool]  # x is v
     table: Tensor  # [L, FIELDS] int64
     epsilons: Tensor  # [L] fp64
-    padded: int  # L: how many weights, filled up to a power of two
+    padded: int  # L: how many weights, filled up to a power of two, at least `MIN_WEIGHTS`
     iterations: int
     workspace: int
     sums: int
@@ -844,7 +803,7 @@ class _Table:
         self.swapped.append(swapped)
 
     def chunk(self, indices: list[int], device: torch.device) -> _Chunk:
-        count = 1 << (len(indices) - 1).bit_length()
+        count = max(MIN_WEIGHTS, 1 << (len(indices) - 1).bit_length())
         rows = self.rows + [dict.fromkeys(self.programs, NEVER)] * (count - len(indices))
         numbers = [[row.get(field, 0) for field in range(FIELDS.value)] for row in rows]
         return _Chunk(
@@ -999,6 +958,15 @@ def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     # Triton launches on the current device, which need not be that of the weights.
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def start() -> None:
+    """Build Triton's driver, with a C compiler, unless it is built already.
+
+    Raises:
+        Exception: Of any type: there is no compiler, or no Python headers, or no GPU that Triton knows.
+    """
+    triton.runtime.driver.active.get_current_target()
 
 
 @torch.no_grad()

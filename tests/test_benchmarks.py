@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,6 +116,60 @@ def test_reports_of_another_machine_and_of_failures(measured, tmp_path):
     assert printed.count(" x0.500 |") == 4
     assert "No matplotlib here" in printed
     assert not path.with_suffix(".png").exists()
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """`run.py`, with a clock that stands still."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("run")
+    module.clock = 0.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: module.clock))
+    monkeypatch.setattr(module, "pin_allocator", lambda: None)
+    monkeypatch.setattr(module.report, "write", lambda path: None)
+    return module
+
+
+def test_on_cuda_what_is_wanted_most_comes_first(program):
+    args = program.parse(["--device", "cuda", "--models", "patchgan", "mlp"])
+    assert (args.minutes, args.seconds) == (9.0, 3.0)
+    parts = list(map(str, program.parts(args)))
+    assert parts[:6] == [
+        *("mlp: sn eager", "mlp: step eager", "patchgan: sn eager", "patchgan: step eager"),
+        *("mlp: sn compiled", "mlp: step compiled"),
+    ]
+    # sn, step and memory in each of three modes; penalty and compile once.
+    assert len(set(parts)) == len(parts) == 2 * (3 * 3 + 2)
+    assert "mlp: penalty eager, compiled, reduce-overhead" in parts
+    assert parts[-1] == "patchgan: memory reduce-overhead"
+
+
+def test_a_run_ends_in_time_and_goes_on(program, tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def measure(what, case, args):
+        program.clock += 25
+        measured.append(what)
+        return {mode: {} for mode in args.modes}
+
+    for what in ("step", "sn", "penalty"):
+        monkeypatch.setitem(program.MEASUREMENTS, what, partial(measure, what))
+    command = [*("--models", "mlp", "--only", "step", "sn", "penalty"), "--out", str(tmp_path)]
+
+    def runs():
+        return json.loads(next(tmp_path.glob("*.json")).read_text())["runs"]
+
+    program.main([*command, "--minutes", "1"])  # a third part would take until 75 s
+    assert measured == ["step", "sn"]
+    assert runs()[0]["left_out"] == ["mlp: penalty eager, compiled"]
+    assert "--models mlp --only penalty --modes eager compiled --out" in capsys.readouterr().err
+    program.main(command)
+    assert measured == ["step", "sn", "penalty"]
+    assert runs()[1]["left_out"] == []
+    program.main(command)
+    assert len(measured) == 3
+    program.main([*command, "--again"])
+    assert len(measured) == 6
 
 
 def test_memory_is_that_of_the_fresh_process():

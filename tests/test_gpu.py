@@ -35,11 +35,8 @@ HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str
 
 
 @pytest.fixture(autouse=True)
-def _full_fp32_precision():
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+def _forget_compiled_code():
     yield
-    torch.backends.cudnn.allow_tf32 = allowed
     torch._dynamo.reset()
 
 
@@ -71,6 +68,13 @@ def gradients(gm):
     return [p.grad.clone() for p in gm.parameters() if p.grad is not None]
 
 
+def check_gradients(got, theirs, truth):
+    """No further from the float64 truth than twice eager torch, and 1e-5 of the largest of all gradients."""
+    room = 1e-5 * max(g.abs().max() for g in truth)
+    for a, b, want in zip(got, theirs, truth, strict=True):
+        assert (a - want).abs().max() <= 2 * (b - want).abs().max() + room
+
+
 def check_formula(model, rel=1e-6):
     """sigma against u^T W v / (|u| |v|) in float64, and what the forward divides by against both."""
     gm = resolve(model).eval()
@@ -95,12 +99,14 @@ def test_no_further_from_the_truth_than_torch(case):
     ours.load_state_dict(start)
     theirs = torch_sn(copy.deepcopy(layer).cuda())
     theirs.load_state_dict(specnorm_fx.convert_state_dict(start, to="parametrizations"))
+    errors = []
     for _ in range(5):
         (x,) = case.inputs()
         want = truth(x.double())
-        errors = [relative_error(model(x.cuda()).cpu(), want) for model in (ours, theirs)]
-        # The operations are the same; a kernel may round a bit here and there.
-        assert errors[0] <= 2 * errors[1] + 2 * torch.finfo(torch.float32).eps
+        errors.append([relative_error(model(x.cuda()).cpu(), want) for model in (ours, theirs)])
+    # The operations are the same; a kernel may round a bit here and there.
+    worst, allowed = (max(column) for column in zip(*errors, strict=True))
+    assert worst <= 2 * allowed + 2 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -112,21 +118,17 @@ def test_compiled_equals_eager(case, mode):
     model = torch.compile(gm, mode=mode, fullgraph=True)
     for _ in range(5):
         eager.load_state_dict(gm.state_dict())
-        real, fake = cuda(case.inputs(4)), cuda(case.inputs(4))
+        exact = copy.deepcopy(eager).double()
+        (real,), (fake,) = case.inputs(4), case.inputs(4)
         losses = []
-        for m in (model, eager):
+        for m, dtype in ((model, torch.float32), (eager, torch.float32), (exact, torch.float64)):
             m.zero_grad()
-            first = m(*real)
-            if m is model and mode == "reduce-overhead":
-                first = first.clone()  # a graph replay reuses its outputs
-            loss = (first.exp() + m(*fake).exp()).mean()
+            first = m(real.to(DEVICE, dtype)).clone()  # a graph replay reuses its outputs
+            loss = (first.exp() + m(fake.to(DEVICE, dtype)).exp()).mean()
             loss.backward()
             losses.append(loss.detach())
-        assert relative_error(losses[0], losses[1]) < 1e-5
-        grads = [[p.grad for p in m.parameters() if p.grad is not None] for m in (gm, eager)]
-        scale = max(g.abs().max() for g in grads[1])
-        for a, b in zip(*grads, strict=True):
-            assert (a - b).abs().max() / scale < 1e-5
+        assert relative_error(losses[0], losses[2]) <= 2 * relative_error(losses[1], losses[2]) + 1e-5
+        check_gradients(*map(gradients, (gm, eager, exact)))
         with torch.no_grad():
             for p in gm.parameters():
                 if p.grad is not None:
@@ -484,9 +486,10 @@ def test_launches_do_not_grow_with_the_layers():
         columns = [[getattr(site, name) for site in gm.sites()] for name in ("weight", "u", "v")]
         call(*columns)
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            call(*columns)
-            torch.cuda.synchronize()
+        for _ in range(2):  # of the first, the profiler may miss the beginning
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                call(*columns)
+                torch.cuda.synchronize()
         counts.append(sum(event.device_type.name == "CUDA" for event in profile.events()))
     assert counts[0] == counts[1] <= 6
 
@@ -515,10 +518,7 @@ def test_backend_equals_eager_torch(case, sn, mode):
             output.square().mean().backward()
             outputs.append(output.detach().clone())
         assert relative_error(outputs[0], outputs[2]) <= 2 * relative_error(outputs[1], outputs[2]) + 1e-6
-        grads = [[p.grad for p in m.parameters() if p.grad is not None] for m in (model, eager)]
-        scale = max(g.abs().max() for g in grads[1])
-        for a, b in zip(*grads, strict=True):
-            assert (a - b).abs().max() / scale < 1e-5
+        check_gradients(*map(gradients, (model, eager, exact)))
         for a, b in zip(model.buffers(), eager.buffers(), strict=True):
             assert relative_error(a, b) < 1e-5
 
@@ -542,29 +542,27 @@ def test_backend_under_autocast(dtype):
 def test_gradient_penalty_in_a_compiled_step(case, mode):
     """Against double backward in eager mode."""
     gm = transform(case.make().cuda(), "*", update="step")
+    exact = copy.deepcopy(gm).double()
 
-    def loss(x, fake, label):
-        penalty, score = gradient_penalty.r1(gm, x, label, return_output=True)
-        return torch.relu(1 - score).mean() + torch.relu(1 + gm(fake, label)).mean() + 10 * penalty
+    def loss(model, x, fake, label):
+        penalty, score = gradient_penalty.r1(model, x, label, return_output=True)
+        return torch.relu(1 - score).mean() + torch.relu(1 + model(fake, label)).mean() + 10 * penalty
 
     compiled = torch.compile(loss, mode=mode, fullgraph=True)
     for _ in range(3):
         x, label = cuda(case.inputs(4))
-        gradients = []
-        for run in (loss, compiled):
-            gm.zero_grad()
-            run(x, x.flip(0), label).backward()
-            gradients.append([p.grad.clone() for p in gm.parameters()])
-        scale = max(g.abs().max() for g in gradients[0])
-        for a, b in zip(*gradients, strict=True):
-            assert (a - b).abs().max() / scale < 1e-5
+        found = []
+        for run, model, real in ((compiled, gm, x), (loss, gm, x), (loss, exact, x.double())):
+            model.zero_grad()
+            run(model, real, real.flip(0), label).backward()
+            found.append(gradients(model))
+        check_gradients(*found)
 
 
 @pytest.fixture
 def one_rank():
-    store = torch.distributed.HashStore()
-    backend = "nccl" if DEVICE == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    torch.cuda.set_device(0)
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield init_device_mesh(DEVICE, (1,))
     torch.distributed.destroy_process_group()
 

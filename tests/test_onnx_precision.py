@@ -165,6 +165,18 @@ def test_structure_of_a_foreign_file_in_fp64(tmp_path):
 # --- What the file and the report say ---
 
 
+def test_a_source_tree_that_is_not_installed(tmp_path, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    export(transform(nn.Linear(3, 2)).eval(), torch.randn(2, 3), tmp_path / "d.onnx")
+    (version,) = (
+        p.value for p in onnx.load(tmp_path / "d.onnx").metadata_props if p.key == "specnorm_fx.version"
+    )
+    assert version == "unknown"
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 def test_metadata(precision, files, folded):
     report = files[precision]

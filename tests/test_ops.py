@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -129,8 +130,9 @@ def test_a_model_of_several_dtypes(implementation):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_kernels_read_one_dtype(device):
+def test_kernels_read_one_dtype(device, monkeypatch):
     """Also where another one has the same compute dtype."""
+    monkeypatch.setattr(ops, "_cuda_kernels", SimpleNamespace)  # there may be no GPU
 
     def weight(dtype):
         return SimpleNamespace(device=torch.device(device), dtype=dtype)
@@ -138,6 +140,18 @@ def test_kernels_read_one_dtype(device):
     single, half = weight(torch.float32), weight(torch.bfloat16)
     assert ops._kernels([single, single]) is not None
     assert ops._kernels([single, half]) is None
+
+
+def test_without_a_c_compiler_cuda_goes_by_the_reference(monkeypatch):
+    triton_kernels = pytest.importorskip("specnorm_fx.triton_kernels")
+
+    def start():
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(triton_kernels, "start", start)
+    monkeypatch.setattr(ops, "_cuda_kernels", functools.cache(ops._cuda_kernels.__wrapped__))
+    with pytest.warns(UserWarning, match="python3-dev.*got: Failed to find C compiler"):
+        assert ops._kernels([SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)]) is None
 
 
 def test_only_part_of_the_weights_trains():
@@ -193,8 +207,8 @@ groups_of_five = pytest.mark.parametrize(
 )
 
 
-def five_layers(backward_reaches=lambda k: None):
-    """A function of five weights that says when backward reaches a layer, and the weights."""
+def five_layers(backward_reaches=None):
+    """A function of five weights, which says when backward reaches a layer if it is to, and the weights."""
     weights, us, vs = ([torch.randn(*shape) for _ in range(5)] for shape in ((8, 8), (8,), (8,)))
     options = ([1] * 5, [1e-12] * 5, [0] * 5, ["uv"] * 5)
 
@@ -202,7 +216,7 @@ def five_layers(backward_reaches=lambda k: None):
         x = torch.ones(2, 8)
         for k, weight in enumerate(ops.call(ops.normalize, list(weights), us, vs, *options)[2]):
             x = x @ weight
-            if x.requires_grad:
+            if backward_reaches is not None:
                 x.register_hook(lambda _, k=k: backward_reaches(k))
         return x.sum()
 
@@ -252,7 +266,7 @@ def test_compiled_gradients_come_in_groups_too(monkeypatch, together, groups):
 
 def operators_called(function):
     """What the dispatcher saw of this library."""
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         function()
     return {
         event.name.partition("::")[2] for event in profile.events() if event.name.startswith("specnorm_fx")

@@ -169,7 +169,7 @@ def test_every_shape(kernels, iterations, order):
     assert (sigmas != 0).all()
     _, vectors, again = run(kernels, cases, iterations, order, divide=False)
     assert torch.equal(again, sigmas)
-    assert torch.equal(vectors, torch.cat([r.u for r in results] + [r.v for r in results]))
+    assert torch.equal(vectors, torch.cat([x for r in results for x in (r.u, r.v)]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)

@@ -141,7 +141,7 @@ def _own(
 ) -> dict[str, str]:
     """What export itself says in the metadata, under the keys `OWN`."""
     own = {
-        "version": importlib.metadata.version("specnorm-fx"),
+        "version": _version(),
         "precision": precision,
         "opset": str(opset),
         "max_rel_error": f"{verification.max_rel_error:.2e}",
@@ -149,3 +149,11 @@ def _own(
     if gm.sites():
         own["sigmas"] = json.dumps({fqn: float(sigma) for fqn, sigma in sigmas(gm).items()})
     return own
+
+
+def _version() -> str:
+    """That of this library, "unknown" where it runs from a source tree that nobody installed."""
+    try:
+        return importlib.metadata.version("specnorm-fx")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
