@@ -106,12 +106,12 @@ class ScaleDiscriminator(nn.Module):
 
 
 class MultiScaleDiscriminator(nn.Module):
-    """HiFi-GAN's (arXiv:2010.05646): the sound, and its halves in resolution, each to a discriminator."""
+    """HiFi-GAN's (arXiv:2010.05646), of its three resolutions of the sound the first two."""
 
     def __init__(self):
         super().__init__()
-        self.discriminators = nn.ModuleList(ScaleDiscriminator() for _ in range(3))
-        self.pools = nn.ModuleList(nn.AvgPool1d(4, 2, padding=2) for _ in range(2))
+        self.discriminators = nn.ModuleList(ScaleDiscriminator() for _ in range(2))
+        self.pools = nn.ModuleList([nn.AvgPool1d(4, 2, padding=2)])
 
     def forward(self, x):
         scores, features = [], []

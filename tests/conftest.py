@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -7,6 +9,12 @@ torch.set_num_threads(1)
 torch.backends.cudnn.allow_tf32 = False
 
 GPU_FILES = ("test_gpu.py", "test_triton_kernels.py")
+
+# For Inductor with nothing in its cache, here and in other processes: which vectors there are the processor
+# says; to try them by compiling takes longer than these models do, and so does to start a pool of processes.
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

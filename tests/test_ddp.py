@@ -220,7 +220,6 @@ COMPILED = {
 
 
 def compiled_in_both_orders(rank):
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a pool of processes would take longer to start
     results = {}
     for name, (arguments, _) in COMPILED.items():
         torch._dynamo.reset()

@@ -25,7 +25,6 @@ from tests.models import (
     Labelled,
     apply_torch_sn,
     case_named,
-    parametrize,
     relative_error,
 )
 
@@ -99,15 +98,18 @@ def with_sn(case, sn, **options):
 
 
 @pytest.mark.parametrize(
-    ("sn", "options"),
+    ("case", "sn", "options"),
     [
-        (torch_sn, {}),
-        (torch_sn, {"n_power_iterations": 3, "eps": 1e-5}),
-        (hook_sn, {"n_power_iterations": 2}),
+        pytest.param(case, sn, options, id=f"{case.name}-{name}")
+        for name, cases, sn, options in (
+            ("parametrization", LAYERS, torch_sn, {}),
+            # Which have nothing to do with the kind of the layer.
+            ("three_iterations", LAYERS[::4], torch_sn, {"n_power_iterations": 3, "eps": 1e-5}),
+            ("hook", LAYERS, hook_sn, {"n_power_iterations": 2}),
+        )
+        for case in cases
     ],
-    ids=["parametrization", "three_iterations", "hook"],
 )
-@parametrize(LAYERS)
 def test_layers_in_training_and_eval(case, sn, options):
     for training, steps in ((True, 2), (False, 1)):
         torch._dynamo.reset()

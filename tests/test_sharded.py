@@ -58,7 +58,7 @@ def iterate_shards(rank, mesh_shape):
     """Each layer along each dimension, or two; shards of uneven size and empty ones among them."""
     mesh = init_device_mesh("cpu", mesh_shape)
     sites = []
-    layers = {(2,): LAYERS, (4,): LAYERS[::3], (2, 2): (LAYERS[0], LAYERS[-2])}
+    layers = {(2,): LAYERS, (4,): LAYERS[::3], (2, 2): (LAYERS[0], LAYERS[-3])}
     for case in layers[mesh_shape]:
         weight = case.build(torch.float64).weight.detach()
         dim = 1 if "transpose" in case.name else 0

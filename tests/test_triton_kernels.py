@@ -30,14 +30,15 @@ def kernels():
 
     What `triton.jit` makes of a function is decided where it decorates: Triton's own functions (sum,
     zeros, ...) are compiled ones if triton was imported without TRITON_INTERPRET, by any other test. So
-    these are exchanged as well, and put back at the end.
+    these are exchanged as well, and put back at the end. The interpreter exchanges the rest of the language
+    anew for each call of a function in a kernel, which takes longer than the call: here it does so once.
     """
     source = importlib.util.find_spec("specnorm_fx.triton_kernels")
     if DEVICE == "cuda":
         yield importlib.import_module(source.name)
         return
     import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime import interpreter
     from triton.runtime.jit import JITFunction
 
     with pytest.MonkeyPatch.context() as patch:
@@ -45,12 +46,15 @@ def kernels():
         for module in (tl, tl.core, tl.standard):
             for name, function in list(vars(module).items()):
                 if isinstance(function, JITFunction):
-                    patch.setattr(module, name, InterpretedFunction(function.fn))
+                    patch.setattr(module, name, interpreter.InterpretedFunction(function.fn))
         spec = importlib.util.spec_from_file_location("interpreted_kernels", source.origin)
         module = importlib.util.module_from_spec(spec)
         patch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
+        scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+        patch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
         yield module
+        scope.restore()
 
 
 def transposed(w):
