@@ -59,9 +59,11 @@ FP32, FP64 = (torch.float32, 1), (torch.float64, -1)
 def test_equal_to_eager_over_steps_without_recompilation(name, dtype, sign):
     """Two forwards and one backward in every step; one graph for training, one for eval."""
     case = case_named(name)
-    gm = transform(case.make().to(dtype), "*" if case.name == "labelled" else None)
-    if hasattr(gm, "dropout"):
-        gm.dropout.p = 0.0  # Inductor draws other random numbers
+    plain = case.make().to(dtype)
+    if name == "discriminator":
+        plain.dropout.p = 0.0  # Inductor draws other random numbers
+        del plain.blocks[1]  # which would show nothing that the first does not, and takes long to compile
+    gm = transform(plain, "*" if name == "labelled" else None)
     eager = copy.deepcopy(gm)
     model, counter = compiled(gm)
     optimizer = torch.optim.SGD(gm.parameters(), lr=0.05)
