@@ -309,7 +309,7 @@ class _Normalized(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         # Backward takes what was made last first, and this was made before all layers: without a later number
         # the gradients of all W / sigma would be kept until the last of them is there.
-        ctx._set_sequence_nr(_BEFORE_ALL_LAYERS)
+        ctx._set_sequence_nr(_AS_SOON_AS_READY)
         ctx.eps, ctx.dims = eps, dims
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*weights, *normalized, vectors, sigmas)
@@ -330,7 +330,7 @@ class _Normalized(torch.autograd.Function):
         return (None, None, None, None, None, *gradients)
 
 
-_BEFORE_ALL_LAYERS = 2**62  # of 64 bits; the engine's own, for what collects gradients, is the largest
+_AS_SOON_AS_READY = 2**62  # of 64 bits; the engine's own, for what collects gradients, is the largest
 
 # Bytes of weights, at least, whose gradients are computed in one call, unless they are the last.
 TOGETHER = 16 << 20
