@@ -290,23 +290,21 @@ static int NAME(normalize_batch)(const site *sites, const tensors *all, int64_t 
         return 0;
     }
     REAL *next = scratch;
+    starts[0] = chunks[0] = 0;
     for (int64_t k = 0; k < count; k++) {
         const site *s = sites + k;
-        work[k].row_vector = next, next += s->rows;
-        work[k].column_vector = next, next += columns_of(s);
-        work[k].partial = next, next += blocks_of(s) * (s->by_rows ? columns_of(s) : s->rows);
         work[k].left = at_least(s->iterations, 1);
         work[k].blocks = blocks_of(s);
+        starts[k + 1] = starts[k] + work[k].blocks;
+        chunks[k + 1] = chunks[k] + parts(size_of(s), BLOCK);
+        work[k].row_vector = next, next += s->rows;
+        work[k].column_vector = next, next += columns_of(s);
+        work[k].partial = next, next += work[k].blocks * (s->by_rows ? columns_of(s) : s->rows);
         if (s->by_rows || s->iterations <= 0)
             NAME(copy_column_vector)(all[k].column_vector, work[k].column_vector, all[k].places, columns_of(s));
         else
             memcpy(work[k].row_vector, all[k].row_vector, s->rows * sizeof(REAL));
         done[k] = 1;
-    }
-    starts[0] = chunks[0] = 0;
-    for (int64_t k = 0; k < count; k++) {
-        starts[k + 1] = starts[k] + blocks_of(sites + k);
-        chunks[k + 1] = chunks[k] + parts(size_of(sites + k), BLOCK);
     }
     threads = at_most(threads, at_least(elements / BLOCK, 1));
 #pragma omp parallel num_threads(threads) if (threads > 1)

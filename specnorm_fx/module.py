@@ -143,19 +143,18 @@ class _Way(NamedTuple):
     iterate: Callable[..., tuple[list[Tensor], list[Tensor]]]
 
 
-def _normalize_together(*columns: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    vectors, _, normalized = ops.call(ops.normalize, *columns, True)
-    return *_split(vectors, *columns[1:3]), normalized
+def _normalize_together(
+    weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *options: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    vectors, _, normalized = ops.call(ops.normalize, weights, us, vs, *options, True)
+    return *ops.split(vectors, weights, options[2]), normalized
 
 
-def _iterate_together(*columns: Any) -> tuple[list[Tensor], list[Tensor]]:
-    vectors, _ = ops.call(ops.power_iteration, *columns)
-    return _split(vectors, *columns[1:3])
-
-
-def _split(vectors: Tensor, us: list[Tensor], vs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    parts = vectors.split([x.shape[0] for pair in zip(us, vs, strict=True) for x in pair])
-    return list(parts[::2]), list(parts[1::2])
+def _iterate_together(
+    weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *options: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    vectors, _ = ops.call(ops.power_iteration, weights, us, vs, *options)
+    return ops.split(vectors, weights, options[2])
 
 
 def _normalize_by_reference(

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from specnorm_fx import cpu_kernels, reference
 
-__all__ = ["call", "groups", "normalize", "power_iteration", "singular_vectors"]
+__all__ = ["call", "groups", "normalize", "power_iteration", "singular_vectors", "split"]
 
 # The overload that the operators are. Compiled code is cached on disk by the names in its graph: whoever
 # changes what an operator takes, gives or saves for backward must change this, or users get the old
@@ -145,7 +145,7 @@ def _normalize(
             )
             return result
         vectors, sigmas = _power_iteration(weights, us, vs, n, eps, dims, orders)
-        columns = (weights, *_split(vectors, weights, dims), eps, dims)
+        columns = (weights, *split(vectors, weights, dims), eps, dims)
         normalized = [reference.normalized(*site) for site in zip(*columns, strict=True)]
         return vectors, sigmas, [_laid_out(*pair) for pair in zip(normalized, weights, strict=True)]
 
@@ -185,7 +185,7 @@ def _gradients_by_kernel(
         if kernels is not None:
             gradients = kernels.normalize_backward(grads, normalized, vectors, sigmas, eps, dims)
         else:
-            columns = (grads, normalized, *_split(vectors, normalized, dims), sigmas.unbind(), eps, dims)
+            columns = (grads, normalized, *split(vectors, normalized, dims), sigmas.unbind(), eps, dims)
             gradients = [
                 None if grad is None else _laid_out(reference.gradient(grad, *site), site[0])
                 for grad, *site in zip(*columns, strict=True)
@@ -229,13 +229,22 @@ def _laid_out(result: Tensor, weight: Tensor) -> Tensor:
     return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
-def _split(
+def split(
     vectors: Tensor, weights: Sequence[Tensor], dims: Sequence[int]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The us and vs that are one tensor."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The us and vs that are one tensor.
+
+    Args:
+        vectors: From `normalize` or `power_iteration`.
+        weights: What these were given.
+        dims: Likewise.
+
+    Returns:
+        u, ``[m]``, and v, ``[n]``, of each weight: views.
+    """
     sides = [(weight.shape[dim], weight.numel()) for weight, dim in zip(weights, dims, strict=True)]
     views = vectors.split([size for m, numel in sides for size in (m, numel // m)])
-    return views[::2], views[1::2]
+    return list(views[::2]), list(views[1::2])
 
 
 def _gradients(
@@ -246,7 +255,7 @@ def _gradients(
     dims: Sequence[int],
 ) -> list[Tensor | None]:
     """The gradient of `reference.normalized` by ATen, differentiable again in G and W."""
-    columns = (grads, weights, *_split(vectors, weights, dims), eps, dims)
+    columns = (grads, weights, *split(vectors, weights, dims), eps, dims)
     return [
         None if grad is None else reference.normalized_backward(grad, *site)
         for grad, *site in zip(*columns, strict=True)
@@ -373,7 +382,7 @@ def _differentiable_normalize(
         # By operations that torch.func can transform as often as it likes.
         stored = [weight.detach() for weight in weights]
         vectors, sigmas = power_iteration(stored, us, vs, n, eps, dims, orders)
-        columns = (weights, *_split(vectors, weights, dims), eps, dims)
+        columns = (weights, *split(vectors, weights, dims), eps, dims)
         return vectors, sigmas, [reference.normalized(*site) for site in zip(*columns, strict=True)]
     with torch.no_grad():
         vectors, sigmas, found = call(_normalize_forward, weights, us, vs, n, eps, dims, orders, once)

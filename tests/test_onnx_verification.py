@@ -87,15 +87,18 @@ class Split(nn.Module):
         return x[:, :1], x[:, 1:]
 
 
+class Decision(nn.Module):
+    def __init__(self, with_scores=False):
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+        self.with_scores = with_scores
+
+    def forward(self, x):
+        scores = self.lin(x)
+        return (scores, scores.argmax(1)) if self.with_scores else scores.argmax(1)
+
+
 def test_integer_outputs_must_be_equal(tmp_path):
-    class Decision(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lin = nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.lin(x).argmax(1)
-
     gm = transform(Decision()).eval()
     report = export(gm, torch.randn(8, 4), tmp_path / "d.onnx")
     assert (report.rtol, report.max_abs_error) == (0.0, 0.0)
@@ -105,15 +108,7 @@ def test_integer_outputs_must_be_equal(tmp_path):
 
 
 def test_the_limit_reported_is_the_largest_of_the_outputs(tmp_path):
-    class ScoreAndDecision(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lin = nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.lin(x), self.lin(x).argmax(1)
-
-    report = export(transform(ScoreAndDecision()).eval(), torch.randn(8, 4), tmp_path / "d.onnx")
+    report = export(transform(Decision(with_scores=True)).eval(), torch.randn(8, 4), tmp_path / "d.onnx")
     assert report.max_rel_error <= report.rtol == LIMITS["fp32"]
 
 
