@@ -86,6 +86,28 @@ def test_update_is_one_operator_call(implementation, depth):
         }
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("update", ["forward", "step"])
+def test_a_step_reads_no_value(update, dtype):
+    """... back into Python, for which it would have to wait for a device."""
+    gm = transform(Discriminator(), update=update)
+    optimizer = torch.optim.SGD(gm.parameters(), 0.1)
+    if update == "step":
+        update_after(optimizer, gm)
+    with Called() as called:
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = gm(torch.randn(2, 3, 8, 8)).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        warm_up_(gm, n=2)
+        sigmas(gm, residual=True)
+    assert not {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero"} & set(called.names)
+    assert "specnorm_fx::normalize_backward" in called.names
+    with Called() as called:
+        warm_up_(gm)  # looks whether sigma rests
+    assert "aten::_local_scalar_dense" in called.names
+
+
 # --- One step sees one set of weights: the gradient is that of the plain computation ---
 
 
@@ -228,7 +250,7 @@ def test_a_compiled_optimizer_step_updates():
     torch._dynamo.reset()
     gm = transform(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), update="step")
     twin = copy.deepcopy(gm)
-    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (gm, twin)]
+    optimizers = [torch.optim.SGD(model.parameters(), 0.125) for model in (gm, twin)]
     for optimizer, model in zip(optimizers, (gm, twin), strict=True):
         update_after(optimizer, model)
     compiled = torch.compile(optimizers[0].step, backend="aot_eager")
