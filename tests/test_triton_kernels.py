@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-import importlib.util
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
+import specnorm_fx
 from specnorm_fx import ops, reference, transform
 from tests.models import Discriminator
 
@@ -26,16 +27,16 @@ EPS = 1e-12
 
 @pytest.fixture(scope="module")
 def kernels():
-    """`specnorm_fx.triton_kernels`, on a CPU a copy of it that is interpreted.
+    """`specnorm_fx.triton_kernels`, on a CPU a copy of the package that is interpreted.
 
     What `triton.jit` makes of a function is decided where it decorates: Triton's own functions (sum,
     zeros, ...) are compiled ones if triton was imported without TRITON_INTERPRET, by any other test. So
     these are exchanged as well, and put back at the end. The interpreter exchanges the rest of the language
     anew for each call of a function in a kernel, which takes longer than the call: here it does so once.
     """
-    source = importlib.util.find_spec("specnorm_fx.triton_kernels")
+    compiled = importlib.import_module("specnorm_fx.triton_kernels")
     if DEVICE == "cuda":
-        yield importlib.import_module(source.name)
+        yield compiled
         return
     import triton.language as tl
     from triton.runtime import interpreter
@@ -47,13 +48,14 @@ def kernels():
             for name, function in list(vars(module).items()):
                 if isinstance(function, JITFunction):
                     patch.setattr(module, name, interpreter.InterpretedFunction(function.fn))
-        spec = importlib.util.spec_from_file_location("interpreted_kernels", source.origin)
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+        with pytest.MonkeyPatch.context() as swap:  # at its end `compiled` is again what an import gives
+            swap.setattr(specnorm_fx, "triton_kernels", compiled)
+            for name in [name for name in sys.modules if name.startswith(compiled.__name__)]:
+                swap.delitem(sys.modules, name)
+            interpreted = importlib.import_module(compiled.__name__)
         scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
         patch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
-        yield module
+        yield interpreted
         scope.restore()
 
 
@@ -191,17 +193,17 @@ def test_long_rows(kernels):
 
 
 def test_many_rows_make_blocks_of_several_tiles(kernels, monkeypatch):
-    monkeypatch.setattr(kernels, "MAX_BLOCKS", 2)
-    kernels._forward_plan.cache_clear()
-    kernels._backward_plan.cache_clear()
+    monkeypatch.setattr(kernels.tables, "MAX_BLOCKS", 2)
+    kernels.tables.forward_plan.cache_clear()
+    kernels.tables.backward_plan.cache_clear()
     cases = [make(((200, 12), 0, as_is)), make(((50, 600), 0, as_is)), make(((11, 200), 0, transposed))]
     for order in ("uv", "vu"):
         results, vectors, sigmas = run(kernels, cases, 2, order)
         for case, result in zip(cases, results, strict=True):
             check(result, case, 2, order)
     check_gradients(kernels, cases, vectors, sigmas)
-    kernels._forward_plan.cache_clear()
-    kernels._backward_plan.cache_clear()
+    kernels.tables.forward_plan.cache_clear()
+    kernels.tables.backward_plan.cache_clear()
 
 
 def test_a_weight_anywhere_in_memory(kernels):
@@ -230,26 +232,26 @@ def test_alone_or_among_others(kernels):
 
 
 def test_more_weights_than_one_launch_takes(kernels, monkeypatch):
-    monkeypatch.setattr(kernels, "MAX_WEIGHTS", 4)
-    kernels._forward_plan.cache_clear()
-    kernels._backward_plan.cache_clear()
+    monkeypatch.setattr(kernels.tables, "MAX_WEIGHTS", 4)
+    kernels.tables.forward_plan.cache_clear()
+    kernels.tables.backward_plan.cache_clear()
     cases = [make(name) for name in ("small", "column", "odd", "dim 2", "row", "conv transpose")]
     results, vectors, sigmas = run(kernels, cases)
     for case, result in zip(cases, results, strict=True):
         check(result, case)
     check_gradients(kernels, cases, vectors, sigmas)
-    kernels._forward_plan.cache_clear()
-    kernels._backward_plan.cache_clear()
+    kernels.tables.forward_plan.cache_clear()
+    kernels.tables.backward_plan.cache_clear()
 
 
-NAMES = ("_pass_kernel", "_reduce_kernel", "_finish_kernel", "_dot_kernel", "_gradient_kernel")
+NAMES = ("pass_kernel", "reduce_kernel", "finish_kernel", "dot_kernel", "gradient_kernel")
 
 
 @pytest.fixture
 def launches(kernels, monkeypatch):
     counted = []
     for name in NAMES:
-        kernel = getattr(kernels, name)
+        kernel = getattr(kernels.launching, name)
 
         def run(*args, _name=name, _run=kernel.run, **kwargs):
             counted.append(_name)
@@ -285,9 +287,9 @@ def test_every_launch_is_on_the_device_of_the_weights(kernels, monkeypatch):
         yield
         devices.pop()
 
-    monkeypatch.setattr(kernels, "_on", on)
+    monkeypatch.setattr(kernels.launching, "_on", on)
     for name in NAMES:
-        kernel = getattr(kernels, name)
+        kernel = getattr(kernels.launching, name)
 
         def run_kernel(*args, _run=kernel.run, **kwargs):
             launched.append(list(devices))
@@ -301,7 +303,7 @@ def test_every_launch_is_on_the_device_of_the_weights(kernels, monkeypatch):
 
 
 def test_the_device_is_made_the_current_one(kernels):
-    assert kernels._on(torch.device("cuda", 1)).idx == 1
+    assert kernels.launching._on(torch.device("cuda", 1)).idx == 1
 
 
 def test_tables_are_kept_for_good_and_made_on_another_thread(kernels, monkeypatch):
@@ -312,12 +314,12 @@ def test_tables_are_kept_for_good_and_made_on_another_thread(kernels, monkeypatc
         threads.append(threading.get_ident())
         return _tensor(*args, **kwargs)
 
-    kernels._forward_plan.cache_clear()
+    kernels.tables.forward_plan.cache_clear()
     monkeypatch.setattr(torch, "tensor", tensor)
     run(kernels, [make("small")])
     assert threads
     assert threading.get_ident() not in threads
-    for plan in (kernels._forward_plan, kernels._backward_plan):
+    for plan in (kernels.tables.forward_plan, kernels.tables.backward_plan):
         assert plan.cache_info().maxsize is None
 
 
@@ -561,13 +563,13 @@ def test_any_shape_and_layout(kernels, shape, data, iterations, order):
 COMPILE = """
     import triton, triton.language as tl
     from triton.backends.compiler import GPUTarget
-    from specnorm_fx import triton_kernels as k
+    from specnorm_fx.triton_kernels import launching
 
     pointers = {"table": "*i64", "epsilons": "*fp64", "sums": "*fp64"}
     pointers |= dict.fromkeys(("vectors", "workspace", "sigmas", "output"), "*fp32")
     constants = dict(W=tl.float32, C=tl.float32, VEC=4, L=2, FIRST=False, DIVIDE=True)
-    for name in ("_pass", "_reduce", "_finish", "_dot", "_gradient"):
-        kernel = getattr(k, name + "_kernel")
+    for name in ("pass", "reduce", "finish", "dot", "gradient"):
+        kernel = getattr(launching, name + "_kernel")
         types, values = {}, {}
         for i, argument in enumerate(kernel.arg_names):
             if argument in constants:

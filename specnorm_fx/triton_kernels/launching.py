@@ -1,0 +1,229 @@
+"""The calls: what they allocate, and the launches over the chunks of a plan.
+
+The pointers travel by value, as kernel arguments, so a call has no state and may be recorded in a CUDA
+graph. The first call with some shapes also builds their table and compiles the kernels; it must come before
+a recording.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specnorm_fx import reference
+from specnorm_fx.triton_kernels.gradient import dot_kernel, gradient_kernel
+from specnorm_fx.triton_kernels.iteration import finish_kernel, pass_kernel, reduce_kernel
+from specnorm_fx.triton_kernels.layout import Weight, is_dense
+from specnorm_fx.triton_kernels.tables import backward_plan, forward_plan
+
+__all__ = ["normalize", "normalize_backward", "power_iteration", "start"]
+
+
+def start() -> None:
+    """Build Triton's driver, with a C compiler, unless it is built already.
+
+    Raises:
+        Exception: Of any type: there is no compiler, or no Python headers, or no GPU that Triton knows.
+    """
+    triton.runtime.driver.active.get_current_target()
+
+
+@torch.no_grad()
+def normalize(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    n_power_iterations: Sequence[int],
+    eps: Sequence[float],
+    dims: Sequence[int],
+    orders: Sequence[str],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Power iterations, sigma and ``W / sigma`` of L weights.
+
+    All on one device, the weights of one real floating dtype; "compute dtype" is fp32 for
+    fp16 and bf16 weights, else the weights' own.
+
+    Args:
+        weights: L tensors of at least two dimensions, any strides.
+        us: u of each, ``[m]``, any floating dtype; not changed.
+        vs: v of each, ``[n]``, likewise; not changed.
+        n_power_iterations: Of each, as in `reference.singular_vectors`.
+        eps: Of each, as in `reference.power_iteration`.
+        dims: The output dimension of each, from 0.
+        orders: ``"uv"`` or ``"vu"`` of each.
+
+    Returns:
+        The new u and v, ``[sum of all m and n]``, compute dtype: u and v of each in turn.
+
+        sigmas ``[L]``, fp64: what was divided by, or 0 where sigma was not above eps (or not finite)
+        and the weight was left as it is.
+
+        ``W / sigma`` of each, rounded once to the dtype of the weights, with shape and strides of the
+        weight.
+    """
+    vectors, sigmas, normalized = _forward(weights, us, vs, n_power_iterations, eps, dims, orders, True)
+    return vectors, sigmas, normalized
+
+
+@torch.no_grad()
+def power_iteration(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    n_power_iterations: Sequence[int],
+    eps: Sequence[float],
+    dims: Sequence[int],
+    orders: Sequence[str],
+) -> tuple[Tensor, Tensor]:
+    """`normalize` without the division: the same vectors and sigmas, bit for bit.
+
+    Args:
+        weights: As in `normalize`, like all others.
+        us: ``[m]`` each.
+        vs: ``[n]`` each.
+        n_power_iterations: Of each.
+        eps: Of each.
+        dims: Of each.
+        orders: Of each.
+
+    Returns:
+        The new u and v in one, and sigmas ``[L]``.
+    """
+    vectors, sigmas, _ = _forward(weights, us, vs, n_power_iterations, eps, dims, orders, False)
+    return vectors, sigmas
+
+
+def _forward(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    n_power_iterations: Sequence[int],
+    eps: Sequence[float],
+    dims: Sequence[int],
+    orders: Sequence[str],
+    divide: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    weights = [w if is_dense(tuple(w.shape), w.stride()) else w.contiguous() for w in weights]
+    key = tuple(
+        Weight(tuple(w.shape), w.stride(), dim, n, order, e)
+        for w, dim, n, order, e in zip(weights, dims, n_power_iterations, orders, eps, strict=True)
+    )
+    device, dtype = weights[0].device, reference.compute_dtype(weights[0])
+    # A model that was turned to half precision has u and v in it.
+    us, vs = ([x.to(dtype).contiguous() for x in column] for column in (us, vs))
+    plan = forward_plan(key, weights[0].element_size(), device, divide)
+    types = _types(weights[0])
+    vectors = torch.empty(sum(x.numel() for x in (*us, *vs)), dtype=dtype, device=device)
+    sigmas = torch.empty(len(weights), dtype=torch.float64, device=device)
+    # Without division nothing is written there, so any address will do.
+    outputs = [torch.empty_like(w) for w in weights] if divide else list(weights)
+    read = [w.contiguous() if i in plan.copied else w for i, w in enumerate(weights)]
+    with _on(device):
+        for chunk in plan.chunks:
+            workspace = torch.empty(chunk.workspace, dtype=dtype, device=device)
+            sums = torch.empty(chunk.sums, dtype=torch.float64, device=device)
+            count = chunk.padded
+            pointers = _addresses([read[i] for i in chunk.indices], count)
+            pairs = list(zip(chunk.indices, chunk.swapped, strict=True))
+            xs = _addresses([(vs if swapped else us)[i] for i, swapped in pairs], count)
+            ys = _addresses([(us if swapped else vs)[i] for i, swapped in pairs], count)
+            state = (chunk.table, chunk.epsilons, vectors)
+            passes, reduces, finishes = chunk.programs
+            for step in range(max(chunk.iterations, 1)):
+                pass_kernel[(passes,)](
+                    pointers, xs, ys, *state, workspace, sums, step,
+                    FIRST=step == 0, VEC=16 // weights[0].element_size(), L=count, num_warps=8, **types,
+                )  # fmt: skip
+                reduce_kernel[(reduces,)](
+                    pointers, *state, workspace, sums, step, L=count, num_warps=8, **types
+                )
+            pointers = _addresses([weights[i] for i in chunk.indices], count)
+            results = _addresses([outputs[i] for i in chunk.indices], count)
+            finish_kernel[(finishes,)](
+                pointers, results, *state, sigmas, workspace, sums,
+                DIVIDE=divide, L=count, num_warps=8, **types,
+            )  # fmt: skip
+    return vectors, sigmas, outputs
+
+
+@torch.no_grad()
+def normalize_backward(
+    grads: Sequence[Tensor | None],
+    normalized: Sequence[Tensor],
+    vectors: Tensor,
+    sigmas: Tensor,
+    eps: Sequence[float],
+    dims: Sequence[int],
+) -> list[Tensor | None]:
+    """``dW = (G - <G, W / sigma> u v^T) / sigma``, or G where the weight was left as it is.
+
+    Args:
+        grads: G of each ``W / sigma``, any strides, dtype of the weights; or None.
+        normalized: ``W / sigma`` of each, from `normalize`.
+        vectors: From `normalize`.
+        sigmas: ``[L]``, from `normalize`.
+        eps: Not used: a sigma of 0 tells what eps decided.
+        dims: As in `normalize`.
+
+    Returns:
+        dW of each, with dtype, shape and strides of the weight; None where G is None.
+    """
+    weights = [w if is_dense(tuple(w.shape), w.stride()) else w.contiguous() for w in normalized]
+    key = tuple(
+        Weight(tuple(w.shape), w.stride(), dim, grad_stride=None if g is None else g.stride())
+        for g, w, dim in zip(grads, weights, dims, strict=True)
+    )
+    device = weights[0].device
+    plan = backward_plan(key, weights[0].element_size(), device)
+    types = _types(weights[0])
+    read = [w.contiguous() if i in plan.copied else w for i, w in enumerate(weights)]
+    outputs = [None if g is None else torch.empty_like(w) for g, w in zip(grads, read, strict=True)]
+    with _on(device):
+        for chunk in plan.chunks:
+            sources = []
+            for i in chunk.indices:
+                g = grads[i]
+                assert g is not None
+                if i in plan.copied:
+                    g = g.contiguous()
+                elif i in plan.relaid:
+                    g = torch.empty_like(weights[i]).copy_(g)
+                sources.append(g)
+            sums = torch.empty(chunk.sums, dtype=torch.float64, device=device)
+            count, vec = chunk.padded, 16 // weights[0].element_size()
+            dots, tiles = chunk.programs
+            pointers = _addresses(sources, count)
+            results = _addresses([out for i in chunk.indices if (out := outputs[i]) is not None], count)
+            dot_kernel[(dots,)](
+                _addresses([read[i] for i in chunk.indices], count), pointers, chunk.table, sums,
+                VEC=vec, L=count, num_warps=8, **types,
+            )  # fmt: skip
+            gradient_kernel[(tiles,)](
+                pointers, results, chunk.table, vectors, sigmas, sums,
+                VEC=vec, L=count, num_warps=8, **types,
+            )  # fmt: skip
+    for i, out in enumerate(outputs):
+        if i in plan.copied and out is not None:  # computed as if the weight were contiguous
+            outputs[i] = torch.empty_like(weights[i]).copy_(out)
+    return outputs
+
+
+def _addresses(tensors: Sequence[Tensor], count: int) -> tuple[int, ...]:
+    # Triton compiles anew for every argument that becomes a multiple of 16, or 1. One more than an
+    # address is neither, so a kernel is compiled once wherever the tensors lie.
+    addresses = [t.data_ptr() + 1 for t in tensors]
+    return (*addresses, *addresses[-1:] * (count - len(addresses)))
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    # Triton launches on the current device, which need not be that of the weights.
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _types(weight: Tensor) -> dict[str, Any]:
+    names = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, reference.compute_dtype(weight)))
+    return dict(zip(("W", "C"), (getattr(tl, name) for name in names), strict=True))

@@ -1,0 +1,258 @@
+"""What depends on shapes alone: a small table on the device, built by the first call with these shapes."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specnorm_fx.triton_kernels.fields import (
+    ALL_TILES,
+    BLOCK_SIZE,
+    BLOCK_SUMS,
+    BLOCKS,
+    CHUNKS,
+    DOT_START,
+    DOT_SUMS,
+    DOT_TILES,
+    DOTS,
+    FIELDS,
+    FINISH_START,
+    G_P_INNER,
+    G_P_OUTER,
+    G_Q_INNER,
+    G_Q_OUTER,
+    ITERATIONS,
+    KIND,
+    NUMEL,
+    PARTIAL,
+    PASS_START,
+    Q_TILES,
+    REDUCE_START,
+    SIGMA,
+    TILE_START,
+    TILE_SUMS,
+    TILES,
+    S,
+    T,
+    X,
+    Y,
+)
+from specnorm_fx.triton_kernels.layout import Axis, Weight
+from specnorm_fx.triton_kernels.tiles import COPY, REDUCE_Q, VECTOR, kind_of, tile_shape
+
+__all__ = ["Chunk", "Plan", "backward_plan", "forward_plan"]
+
+# CUDA takes 4 KB of kernel arguments; three pointers a weight make 1.5 KB. More weights: more chunks.
+MAX_WEIGHTS = 64
+# A kernel is compiled for 8, 16, 32 and 64 weights; fewer are filled up. An address too many costs less than
+# a microsecond in a launch, compiling the kernels some seconds.
+MIN_WEIGHTS = 8
+
+# A weight is cut into at most 256 blocks along p, about two for each of an H200's 132 SMs. The partial
+# sums (one row of q per block) are then at most 1/16 of a weight of 4096 p or more, and at most 1/8 of
+# a smaller one, where programs count for more; being small, those stay in the 50 MB of L2.
+MAX_BLOCKS = 256
+
+NEVER = 2**62  # start of the programs of a row that fills the table up to a power of two
+
+
+class Chunk(NamedTuple):
+    """The table of the weights with these indices, at most `MAX_WEIGHTS`."""
+
+    indices: list[int]
+    swapped: list[bool]  # x is v
+    table: Tensor  # [L, FIELDS] int64
+    epsilons: Tensor  # [L] fp64
+    padded: int  # L: how many weights, filled up to a power of two, at least `MIN_WEIGHTS`
+    iterations: int
+    workspace: int
+    sums: int
+    programs: tuple[int, ...]  # of each launch
+
+
+class Plan(NamedTuple):
+    """How all weights of a call are served."""
+
+    chunks: list[Chunk]
+    copied: frozenset[int]  # weights (and gradients) to be read from a contiguous copy
+    relaid: frozenset[int]  # gradients to be read from a copy with the strides of the weight
+
+
+# For good: a recorded CUDA graph reads the tables again at every replay. They are a few KB on the device, one
+# or two for each mode of a model.
+@functools.cache
+def forward_plan(weights: tuple[Weight, ...], itemsize: int, device: torch.device, divide: bool) -> Plan:
+    """Of pass, reduce and finish.
+
+    Args:
+        weights: All of one dtype.
+        itemsize: Bytes of an element.
+        device: Where the tables go.
+        divide: Whether the finish writes ``W / sigma``.
+    """
+    us, vs = _vector_starts(weights)
+    copied = frozenset(i for i, weight in enumerate(weights) if weight.axes() is None)
+    chunks = []
+    for indices in _chunks(range(len(weights))):
+        table = _Table()
+        for i in indices:
+            weight = weights[i].contiguous() if i in copied else weights[i]
+            p, q, swapped = weight.oriented()
+            kind = kind_of(p, q, 16 // itemsize)
+            tile_p, _ = tile_shape(kind)
+            block = tile_p * _ceil(p.size, tile_p * MAX_BLOCKS)
+            blocks = _ceil(p.size, block)
+            tiles = _ceil(q.size, REDUCE_Q.value)
+            finish = _ceil(weight.numel, COPY.value) if divide else _ceil(max(p.size, q.size), VECTOR.value)
+            table.add(
+                weight,
+                (p, q, swapped),
+                {
+                    KIND: kind,
+                    ITERATIONS: weight.iterations,
+                    BLOCK_SIZE: block,
+                    BLOCKS: blocks,
+                    TILES: tiles,
+                    CHUNKS: finish,
+                    NUMEL: weight.numel,
+                    SIGMA: i,
+                    X: (vs if swapped else us)[i],
+                    Y: (us if swapped else vs)[i],
+                    T: table.take("workspace", p.size),
+                    S: table.take("workspace", q.size),
+                    PARTIAL: table.take("workspace", blocks * q.size),
+                    BLOCK_SUMS: table.take("sums", 2 * blocks),
+                    TILE_SUMS: table.take("sums", 2 * tiles),
+                },
+                {PASS_START: blocks, REDUCE_START: tiles, FINISH_START: finish},
+            )
+        chunks.append(table.chunk(indices, device))
+    return Plan(chunks, copied, frozenset())
+
+
+@functools.cache
+def backward_plan(weights: tuple[Weight, ...], itemsize: int, device: torch.device) -> Plan:
+    """Of dot and gradient.
+
+    Args:
+        weights: As in `forward_plan`; ``W / sigma`` of each, in fact.
+        itemsize: Bytes of an element.
+        device: Where the tables go.
+    """
+    us, vs = _vector_starts(weights)
+    present = [i for i, weight in enumerate(weights) if weight.grad_stride is not None]
+    own = {i: weights[i]._replace(grad_stride=weights[i].stride) for i in present}
+    copied = frozenset(i for i in present if own[i].axes() is None)
+    relaid = frozenset(i for i in present if weights[i].axes() is None) - copied
+    chunks = []
+    for indices in _chunks(present):
+        table = _Table()
+        for i in indices:
+            weight = own[i].contiguous() if i in copied else own[i] if i in relaid else weights[i]
+            p, q, swapped = weight.oriented()
+            kind = kind_of(p, q, 16 // itemsize)
+            tile_p, tile_q = tile_shape(kind)
+            q_tiles = _ceil(q.size, tile_q)
+            tiles = _ceil(p.size, tile_p) * q_tiles
+            dot_tiles = _ceil(tiles, MAX_BLOCKS)
+            dots = _ceil(tiles, dot_tiles)
+            table.add(
+                weight,
+                (p, q, swapped),
+                {
+                    KIND: kind,
+                    SIGMA: i,
+                    X: (vs if swapped else us)[i],
+                    Y: (us if swapped else vs)[i],
+                    G_P_OUTER: p.grad_stride[0],
+                    G_P_INNER: p.grad_stride[1],
+                    G_Q_OUTER: q.grad_stride[0],
+                    G_Q_INNER: q.grad_stride[1],
+                    Q_TILES: q_tiles,
+                    ALL_TILES: tiles,
+                    DOTS: dots,
+                    DOT_TILES: dot_tiles,
+                    DOT_SUMS: table.take("sums", dots),
+                },
+                {DOT_START: dots, TILE_START: tiles},
+            )
+        chunks.append(table.chunk(indices, device))
+    return Plan(chunks, copied, relaid)
+
+
+class _Table:
+    """Rows of one chunk under construction; running totals become offsets."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[int, int]] = []
+        self.weights: list[Weight] = []
+        self.swapped: list[bool] = []
+        self.totals = {"workspace": 0, "sums": 0}
+        self.programs: dict[int, int] = {}
+
+    def take(self, what: str, count: int) -> int:
+        offset = self.totals[what]
+        self.totals[what] += _ceil(count, 32) * 32  # keeps 16-byte vectors aligned
+        return offset
+
+    def add(
+        self,
+        weight: Weight,
+        oriented: tuple[Axis, Axis, bool],
+        fields: dict[Any, int],
+        programs: dict[Any, int],
+    ) -> None:
+        p, q, swapped = oriented
+        row = dict(enumerate(p.fields() + q.fields()))
+        row |= {field.value: value for field, value in fields.items()}
+        for field, count in programs.items():
+            row[field.value] = self.programs.get(field.value, 0)
+            self.programs[field.value] = row[field.value] + count
+        self.rows.append(row)
+        self.weights.append(weight)
+        self.swapped.append(swapped)
+
+    def chunk(self, indices: list[int], device: torch.device) -> Chunk:
+        count = max(MIN_WEIGHTS, 1 << (len(indices) - 1).bit_length())
+        rows = self.rows + [dict.fromkeys(self.programs, NEVER)] * (count - len(indices))
+        numbers = [[row.get(field, 0) for field in range(FIELDS.value)] for row in rows]
+        return Chunk(
+            indices=indices,
+            swapped=self.swapped,
+            table=_kept(numbers, torch.int64, device),
+            epsilons=_kept([w.eps for w in self.weights], torch.float64, device),
+            padded=count,
+            iterations=max(w.iterations for w in self.weights),
+            workspace=self.totals["workspace"],
+            sums=self.totals["sums"],
+            programs=tuple(self.programs.values()),
+        )
+
+
+def _vector_starts(weights: Sequence[Weight]) -> tuple[list[int], list[int]]:
+    """Where each u and each v starts: u and v of each weight in turn, without gaps."""
+    starts = list(itertools.accumulate((size for weight in weights for size in weight.sides), initial=0))
+    return starts[:-1:2], starts[1::2]
+
+
+def _chunks(indices: Sequence[int]) -> list[list[int]]:
+    return [list(indices[i : i + MAX_WEIGHTS]) for i in range(0, len(indices), MAX_WEIGHTS)]
+
+
+def _kept(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that stays, made on a thread of its own.
+
+    Before torch.compile records a CUDA graph it runs the model, with all that this thread allocates in a
+    pool, and raises if anything but its outputs is still alive there. The copy to the device is over on
+    return, so every stream may read it.
+    """
+    with ThreadPoolExecutor(1) as own_thread:
+        return own_thread.submit(torch.tensor, values, dtype=dtype, device=device).result()
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
