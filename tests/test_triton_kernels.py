@@ -9,6 +9,7 @@ import textwrap
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, seed, settings
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import specnorm_fx
 from specnorm_fx import ops, reference, transform
+from tests.accesses import Accesses, checked
 from tests.models import Discriminator
 
 triton = pytest.importorskip("triton")
@@ -192,18 +194,24 @@ def test_long_rows(kernels):
     check(run(kernels, [case])[0][0], case)
 
 
-def test_many_rows_make_blocks_of_several_tiles(kernels, monkeypatch):
+@pytest.fixture
+def several_tiles(kernels, monkeypatch):
+    """Weights of which a block has several tiles, as many rows make it have."""
     monkeypatch.setattr(kernels.tables, "MAX_BLOCKS", 2)
     kernels.tables.forward_plan.cache_clear()
     kernels.tables.backward_plan.cache_clear()
-    cases = [make(((200, 12), 0, as_is)), make(((50, 600), 0, as_is)), make(((11, 200), 0, transposed))]
+    yield [((200, 12), 0, as_is), ((50, 600), 0, as_is), ((11, 200), 0, transposed)]
+    kernels.tables.forward_plan.cache_clear()
+    kernels.tables.backward_plan.cache_clear()
+
+
+def test_blocks_of_several_tiles(kernels, several_tiles):
+    cases = [make(name) for name in several_tiles]
     for order in ("uv", "vu"):
         results, vectors, sigmas = run(kernels, cases, 2, order)
         for case, result in zip(cases, results, strict=True):
             check(result, case, 2, order)
     check_gradients(kernels, cases, vectors, sigmas)
-    kernels.tables.forward_plan.cache_clear()
-    kernels.tables.backward_plan.cache_clear()
 
 
 def test_a_weight_anywhere_in_memory(kernels):
@@ -357,6 +365,53 @@ def test_reads_no_memory_that_it_has_not_written(kernels, poison, counts):
     assert all(r.out.isfinite().all() for r in results)
     dws = gradients(kernels, cases, [torch.ones_like(c.w) for c in cases], vectors, sigmas)
     assert all(dw.isfinite().all() for dw in dws)
+
+
+# ---------------------------------------------------------------- programs and threads at once
+
+
+IN_THE_INTERPRETER = pytest.mark.skipif(
+    DEVICE == "cuda", reason="a GPU does not say what it reads and writes"
+)
+
+
+@IN_THE_INTERPRETER
+def test_programs_and_threads_may_run_in_any_order(kernels, monkeypatch, several_tiles):
+    cases = [make(name) for name in (*SHAPES, *several_tiles)]
+    cases[3].w = torch.zeros_like(cases[3].w)  # the way of what has no direction
+    counts = [(1, 2, 0, -1)[i % 4] for i in range(len(cases))]
+    orders = ["uv" if i % 3 else "vu" for i in range(len(cases))]
+    with checked(monkeypatch) as launches:
+        _, vectors, sigmas = run(kernels, cases, counts, orders)
+        gradients(kernels, cases, [torch.ones_like(c.w) for c in cases], vectors, sigmas)
+    assert len(launches) == 2 * 2 + 1 + 2
+    with (
+        checked(monkeypatch, barriers=False),
+        pytest.raises(AssertionError, match="no barrier between write and read"),
+    ):
+        run(kernels, [make(several_tiles[0])])
+
+
+@IN_THE_INTERPRETER
+@pytest.mark.parametrize(
+    ("reads", "writes", "fault"),
+    [
+        ([], [(0, 0), (0, 8), (1, 8)], "two programs write one place"),
+        ([(0, 0), (1, 8)], [(0, 8)], "a program reads what another one writes"),
+        ([(0, 4000)], [(0, 0)], "a place is outside of every tensor"),
+        ([(0, 2)], [(0, 0)], "a place is not aligned"),
+    ],
+    ids=["written twice", "read and written", "outside", "not aligned"],
+)
+def test_what_must_not_be_is_seen(reads, writes, fault):
+    memory = torch.zeros(1000)
+    accesses = Accesses()
+    for found, of_programs in ((accesses.reads, reads), (accesses.writes, writes)):
+        accesses.note(found, np.zeros(0, np.int64), np.zeros(0), 4)
+        for accesses.program, offset in of_programs:
+            accesses.note(found, np.array([memory.data_ptr() + offset]), np.ones(1), 4)
+    with pytest.raises(AssertionError, match=fault):
+        accesses.check()
 
 
 # ---------------------------------------------------------------- guards
