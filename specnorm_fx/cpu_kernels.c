@@ -29,6 +29,9 @@
 /* Partial sums of a matrix: as many as threads that can work on it at once; each costs a row. */
 #define MOST_PARTS 16
 #define FEWEST_ROWS 32
+/* Products that go into one sum of a row, before it is added to the others: with few vector lanes (SSE2, NEON)
+   the error would else be larger than torch's. */
+#define ONE_SUM 2048
 /* Lengths outside of these are left to the caller: inside, squares and fourth powers of sigma are normal. */
 #define SHORTEST 1e-15
 #define LONGEST 1e15
@@ -119,12 +122,17 @@ VECTORISED static void NAME(pass_by_rows)(const site *s, const REAL *weight, int
         for (int64_t g = 0; g < s->groups; g++) {
             const REAL *w0 = weight + r * stride + g * s->group_stride;
             const REAL *w1 = w0 + stride, *w2 = w1 + stride, *w3 = w2 + stride, *xg = x + g * width;
-#pragma omp simd reduction(+ : y0, y1, y2, y3)
-            for (int64_t b = 0; b < width; b++) {
-                y0 += w0[b] * xg[b];
-                y1 += w1[b] * xg[b];
-                y2 += w2[b] * xg[b];
-                y3 += w3[b] * xg[b];
+            for (int64_t from = 0; from < width; from += ONE_SUM) {
+                const int64_t to = at_most(from + ONE_SUM, width);
+                REAL sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+                for (int64_t b = from; b < to; b++) {
+                    sum0 += w0[b] * xg[b];
+                    sum1 += w1[b] * xg[b];
+                    sum2 += w2[b] * xg[b];
+                    sum3 += w3[b] * xg[b];
+                }
+                y0 += sum0, y1 += sum1, y2 += sum2, y3 += sum3;
             }
         }
         y[r] = y0, y[r + 1] = y1, y[r + 2] = y2, y[r + 3] = y3;
@@ -140,8 +148,13 @@ VECTORISED static void NAME(pass_by_rows)(const site *s, const REAL *weight, int
         REAL y0 = 0;
         for (int64_t g = 0; g < s->groups; g++) {
             const REAL *w0 = weight + r * stride + g * s->group_stride, *xg = x + g * width;
-#pragma omp simd reduction(+ : y0)
-            for (int64_t b = 0; b < width; b++) y0 += w0[b] * xg[b];
+            for (int64_t from = 0; from < width; from += ONE_SUM) {
+                const int64_t to = at_most(from + ONE_SUM, width);
+                REAL sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t b = from; b < to; b++) sum += w0[b] * xg[b];
+                y0 += sum;
+            }
         }
         y[r] = y0;
         for (int64_t g = 0; z && g < s->groups; g++) {
