@@ -16,7 +16,7 @@ import torch
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        "torch._dynamo",
+        "torch._inductor.compile_fx",
         "torch.distributed.checkpoint.state_dict",
         "torch.distributed.fsdp",
         "pytest",

@@ -151,5 +151,6 @@ def test_compiled_in_one_graph(name, capture):
     eager = copy.deepcopy(gm)
     compiled = torch.compile(gm, fullgraph=True)
     batch = case.inputs()
-    assert relative_error(outputs(compiled, batch), outputs(eager, batch)) < 1e-6
+    with torch.no_grad():  # Inductor compiles the backward at once, and test_compile.py looks at gradients
+        assert relative_error(outputs(compiled, batch), outputs(eager, batch)) < 1e-6
     torch._dynamo.reset()
