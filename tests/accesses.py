@@ -14,10 +14,15 @@ import torch
 MOST_BARRIERS = 256
 
 
-def has_memory(x):
-    """Whether it is a tensor, and none of those that compilers and other tests may have left."""
-    is_plain = type(x) is torch.Tensor and x.layout == torch.strided and x.device.type == "cpu"
-    return is_plain and not torch._is_functional_tensor(x)
+def memory(x):
+    """Where the elements of a tensor begin and end; None for all else that compilers and tests have left."""
+    if type(x) is not torch.Tensor or x.device.type != "cpu":
+        return None
+    try:
+        storage = x.untyped_storage()
+        return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    except (NotImplementedError, RuntimeError):  # sparse, functional, a wrapper of torch.func
+        return None
 
 
 class Accesses:
@@ -36,9 +41,7 @@ class Accesses:
     def check(self):
         """Raise an AssertionError where a GPU might do otherwise than the interpreter."""
         reads, writes = np.hstack(self.reads), np.hstack(self.writes)
-        found = [x.untyped_storage() for x in gc.get_objects() if has_memory(x)]
-        storages = {(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in found}
-        begins, ends = np.array(sorted(storages)).T
+        begins, ends = np.array(sorted({*filter(None, map(memory, gc.get_objects()))})).T
         for *_, places, places_end in (reads, writes):
             assert (places % (places_end - places) == 0).all(), "a place is not aligned"
             inside = places_end <= ends[np.searchsorted(begins, places, "right") - 1]
