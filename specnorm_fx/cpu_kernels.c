@@ -22,6 +22,8 @@
 #define VECTORISED
 #endif
 
+/* Rows and columns that are transposed together: a cache line of floats. */
+#define TILE 16
 /* Elements in a block: small enough to share out among threads, large enough to be worth it. */
 #define BLOCK 32768
 /* Bytes of weights that the last cache holds, roughly, beside what else is read and written with them. */
@@ -41,6 +43,7 @@ typedef struct {
     int64_t rows, groups, width, row_stride, group_stride;
     int64_t by_rows;      /* iterate: start from the vector of the columns (1) or of the rows (0) */
     int64_t iterations;   /* 0: the vectors at unit length; -1: as they are */
+    int64_t taps, channels;  /* of W / sigma in channels_last, whose gradient is to be contiguous; or 0 */
     double eps;
 } site;
 
@@ -80,6 +83,12 @@ static int64_t blocks_of(const site *s) {
     int64_t step = column_step(s);
     if (step >= s->width) return parts(s->groups, step / s->width);
     return s->groups * steps_in_width(s);
+}
+
+/* Rows of a block of the gradient: whole matrices, where these are transposed. */
+static int64_t gradient_step(const site *s) {
+    int64_t least = s->channels ? parts(s->taps * s->channels, columns_of(s)) : 1;
+    return at_least(BLOCK / columns_of(s) / least * least, least);
 }
 
 /* Sites worked on together: as many as the cache holds from the first time they are read to the second. */
@@ -212,6 +221,29 @@ VECTORISED static void NAME(gradient_row)(const REAL *grad, REAL c, const REAL *
                                           int64_t n) {
 #pragma omp simd
     for (int64_t k = 0; k < n; k++) result[k] = (grad[k] - c * x[k]) / sigma;
+}
+
+/* The same of the taps x channels from element `first` on, stored as channels x taps. */
+VECTORISED static void NAME(gradient_transposed)(const site *s, const REAL *grad, REAL product,
+                                                 const REAL *row_vector, const REAL *column_vector,
+                                                 REAL sigma, REAL *result, int64_t first) {
+    const int64_t taps = s->taps, channels = s->channels, columns = columns_of(s);
+    REAL tile[TILE][TILE];
+    for (int64_t c0 = 0; c0 < channels; c0 += TILE)
+        for (int64_t t0 = 0; t0 < taps; t0 += TILE) {
+            const int64_t width = at_most(TILE, channels - c0), height = at_most(TILE, taps - t0);
+            for (int64_t t = 0; t < height; t++) {
+                const int64_t at = first + (t0 + t) * channels + c0;
+                const REAL *g = grad + at, *x = column_vector + at % columns;
+                const REAL c = product * row_vector[at / columns];
+#pragma omp simd
+                for (int64_t k = 0; k < width; k++) tile[t][k] = (g[k] - c * x[k]) / sigma;
+            }
+            for (int64_t k = 0; k < width; k++) {
+                REAL *to = result + first + (c0 + k) * taps + t0;
+                for (int64_t t = 0; t < height; t++) to[t] = tile[t][k];
+            }
+        }
 }
 
 static void NAME(copy_column_vector)(const REAL *from, REAL *to, const int64_t *places, int64_t n) {
@@ -358,7 +390,7 @@ static int NAME(backward_batch)(const site *sites, const tensors *all, int64_t c
     for (int64_t k = 0; k < count; k++) {
         const site *s = sites + k;
         chunks[k + 1] = chunks[k] + parts(size_of(s), BLOCK);
-        starts[k + 1] = starts[k] + parts(s->rows, at_least(BLOCK / columns_of(s), 1));
+        starts[k + 1] = starts[k] + parts(s->rows, gradient_step(s));
         vectors += columns_of(s);
     }
     double *products = malloc(chunks[count] * sizeof(double));
@@ -391,8 +423,15 @@ static int NAME(backward_batch)(const site *sites, const tensors *all, int64_t c
             double product = 0, sigma = sigmas[k];
             for (int64_t c = chunks[k]; c < chunks[k + 1]; c++) product += products[c];
             if (!(fabs(sigma) > s->eps)) product = 0, sigma = 1;  /* went through undivided */
-            int64_t step = at_least(BLOCK / columns_of(s), 1), first = (b - starts[k]) * step;
-            for (int64_t r = first; r < at_most(first + step, s->rows); r++)
+            int64_t step = gradient_step(s), first = (b - starts[k]) * step;
+            int64_t last = at_most(first + step, s->rows), columns = columns_of(s);
+            if (s->channels) {
+                for (int64_t at = first * columns; at < last * columns; at += s->taps * s->channels)
+                    NAME(gradient_transposed)(s, grad, (REAL)product, row_vector, column_vectors[k],
+                                              (REAL)sigma, result, at);
+                continue;
+            }
+            for (int64_t r = first; r < last; r++)
                 for (int64_t g = 0; g < s->groups; g++) {
                     int64_t at = r * s->row_stride + g * s->group_stride;
                     NAME(gradient_row)(grad + at, (REAL)product * row_vector[r],

@@ -32,7 +32,7 @@ class _Site(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "groups", "width", "row_stride", "group_stride")),
         ("by_rows", ctypes.c_int64),
-        ("iterations", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("iterations", "taps", "channels")),
         ("eps", ctypes.c_double),
     ]
 
@@ -115,6 +115,7 @@ def normalize_backward(
     sigmas: Tensor,
     eps: list[float],
     dims: list[int],
+    contiguous: list[bool],
 ) -> list[Tensor | None]:
     """``(G - <G, W / sigma> u v^T) / sigma``, or G where the weight was left as it is.
 
@@ -125,12 +126,18 @@ def normalize_backward(
         sigmas: From `normalize`.
         eps: As there.
         dims: As there.
+        contiguous: Whether the weight of each is, though ``W / sigma`` may not be.
 
     Returns:
-        The gradient of each weight, None where G is None.
+        The gradient of each weight, None where G is None. With the strides of ``W / sigma``, but contiguous
+        where the weight is.
     """
-    plan, weights = _planned(normalized, dims, ["uv"] * len(normalized), [0] * len(normalized), eps)
-    results = [None if grad is None else torch.empty_like(w) for grad, w in zip(grads, weights, strict=True)]
+    count = len(normalized)
+    plan, weights = _planned(normalized, dims, ["uv"] * count, [0] * count, eps, contiguous)
+    results = [
+        None if grad is None else torch.empty(w.shape, dtype=w.dtype) if turned else torch.empty_like(w)
+        for grad, w, turned in zip(grads, weights, plan.turned, strict=True)
+    ]
     wanted = [k for k, grad in enumerate(grads) if grad is not None]
     sites = (
         plan.sites if len(wanted) == len(weights) else (_Site * len(wanted))(*[plan.sites[k] for k in wanted])
@@ -156,7 +163,9 @@ def normalize_backward(
             plan.places[k],
         )
     _call("normalize_backward", vectors.dtype, sites, pointers, of_wanted.data_ptr())
-    return results
+    return [
+        x.contiguous() if x is not None and wants else x for x, wants in zip(results, contiguous, strict=True)
+    ]
 
 
 def _run(
@@ -169,7 +178,7 @@ def _run(
     orders: list[str],
     divides: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    plan, weights = _planned(weights, dims, orders, n_power_iterations, eps)
+    plan, weights = _planned(weights, dims, orders, n_power_iterations, eps, [False] * len(weights))
     dtype = weights[0].dtype
     stored = [x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous() for x in (*us, *vs)]
     given = [size for pair in zip(us, vs, strict=True) for size in map(Tensor.numel, pair)]
@@ -223,6 +232,7 @@ class _Plan:
     Attributes:
         sites: The weights, as the C code takes them.
         transposed: Whether the rows of the matrix in memory are v's.
+        turned: Whether the gradient is stored contiguous, though the weight is not.
         places: The address of `_places` of each, or 0; valid as long as the plan lives.
         sizes: Elements of u and v of each weight in turn.
         size: Of all together.
@@ -233,6 +243,7 @@ class _Plan:
         layouts = [_layout(*weight) for weight in weights]
         self.sites = (_Site * len(layouts))(*[site for site, _, _ in layouts])
         self.transposed = [transposed for _, transposed, _ in layouts]
+        self.turned = [site.channels > 0 for site, _, _ in layouts]
         # Kept, and not left to the cache of `_places`: of two threads that fill it at once the second throws
         # out what the first has taken.
         self._places = [places for _, _, places in layouts]
@@ -255,14 +266,19 @@ class _Plan:
 
 
 def _planned(
-    weights: list[Tensor], dims: list[int], orders: list[str], n: list[int], eps: list[float]
+    weights: list[Tensor],
+    dims: list[int],
+    orders: list[str],
+    n: list[int],
+    eps: list[float],
+    contiguous: list[bool],
 ) -> tuple[_Plan, list[Tensor]]:
     """The plan, and the weights, copied if they have gaps."""
-    columns = ([w.shape for w in weights], [w.stride() for w in weights], dims, orders, n, eps)
+    columns = ([w.shape for w in weights], [w.stride() for w in weights], dims, orders, n, eps, contiguous)
     plan = _plan(*[tuple(column) for column in columns])
     if plan.is_dense:
         return plan, weights
-    return _planned([weight.contiguous() for weight in weights], dims, orders, n, eps)
+    return _planned([weight.contiguous() for weight in weights], dims, orders, n, eps, contiguous)
 
 
 @functools.lru_cache(maxsize=256)
@@ -271,9 +287,17 @@ def _plan(*columns: tuple[Any, ...]) -> _Plan:
 
 
 def _layout(
-    shape: Sequence[int], stride: Sequence[int], dim: int, order: str, iterations: int, eps: float
+    shape: Sequence[int],
+    stride: Sequence[int],
+    dim: int,
+    order: str,
+    iterations: int,
+    eps: float,
+    contiguous: bool,
 ) -> tuple[_Site, bool, Tensor | None]:
     """A weight as the matrix that it is in memory: its form, whether that is transposed, and `_places`.
+
+    With ``contiguous`` the gradient is to be that, whatever the weight is.
 
     In memory it is ``[a, m, b]``: what comes before, at and after ``dim``. ``a`` is 1 for a contiguous
     Linear or Conv weight, and for one in channels_last; for a ConvTranspose ``a`` counts the input channels
@@ -287,9 +311,14 @@ def _layout(
     m = shape[dim]
     columns = [d for d in in_memory if d != dim and shape[d] > 1]
     places = _places(tuple(shape), tuple(columns)) if columns != sorted(columns) else None
-    if b == 1 and a > 1 and places is None:  # [n, m]: the rows are v's
-        return _Site(a, 1, m, m, 0, order == "vu", iterations, eps), True, None
-    site = _Site(m, a, b, b, m * b, order == "uv", iterations, eps)
+    is_transposed = b == 1 and a > 1 and places is None  # [n, m]: the rows are v's
+    taps, channels = math.prod(shape[2:]), shape[1]
+    is_channels_last = in_memory == [0, *range(2, len(shape)), 1] and min(taps, channels) > 1
+    if not (contiguous and is_channels_last and (is_transposed or a == 1)):
+        taps = channels = 0
+    if is_transposed:
+        return _Site(a, 1, m, m, 0, order == "vu", iterations, taps, channels, eps), True, None
+    site = _Site(m, a, b, b, m * b, order == "uv", iterations, taps, channels, eps)
     return site, False, places
 
 

@@ -87,17 +87,24 @@ def test_equal_to_eager_over_steps_without_recompilation(name, dtype, sign):
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("implementation", ["kernels", "reference"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_convolutions_where_there_are_no_kernels(monkeypatch, memory_format):
-    """Inductor gives weights and gradients in channels_last and holds the reference to it as well."""
-    monkeypatch.setattr(ops, "_kernels", lambda weights: None)
-    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+def test_the_gradients_of_convolutions_lie_as_their_weights(monkeypatch, memory_format, implementation):
+    """Inductor gives W / sigma and its gradient in channels_last, and autograd would have to turn it back."""
+    if implementation == "reference":  # it is held to the same strides
+        monkeypatch.setattr(ops, "_kernels", lambda weights: None)
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3))
     gm = transform(layers.double()).to(memory_format=memory_format)
     eager = copy.deepcopy(gm)
     model, _ = compiled(gm)
+    strides = []
+    for weight in (p for p in gm.parameters() if p.dim() == 4):
+        weight.register_hook(lambda grad, weight=weight: strides.append((grad.stride(), weight.stride())))
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     for m in (model, eager):
         m(x.to(memory_format=memory_format)).exp().mean().backward()
+    assert len(strides) == 2
+    assert all(of_grad == of_weight for of_grad, of_weight in strides)
     scale = max(g.abs().max() for g in gradients(eager))
     for a, b in zip(gradients(gm), gradients(eager), strict=True):
         assert (a - b).abs().max() / scale < TOLERANCE[torch.float64]

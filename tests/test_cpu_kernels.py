@@ -44,7 +44,7 @@ def problem(shape, dim, dtype=torch.float32, scale=1.0):
 def by_kernel(weight, u, v, grad, n, dim, order, eps=EPS):
     """u, v, W / sigma and dW."""
     vectors, sigmas, (normalized,) = cpu_kernels.normalize([weight], [u], [v], [n], [eps], [dim], [order])
-    (gradient,) = cpu_kernels.normalize_backward([grad], [normalized], vectors, sigmas, [eps], [dim])
+    (gradient,) = cpu_kernels.normalize_backward([grad], [normalized], vectors, sigmas, [eps], [dim], [False])
     return *vectors.split([len(u), len(v)]), normalized, gradient
 
 
@@ -154,6 +154,47 @@ def test_weights_and_gradients_of_other_strides(memory_format, order):
             assert got[3].stride() == torch.empty_like(weight).stride()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [
+        *SHAPES.values(),
+        ((1, 6), 1),
+        ((1, 6, 4, 2), 2),
+        ((1, 6, 1, 4), 3),
+        ((40, 33, 5, 7), 0),  # no multiple of the tiles in which it is transposed
+        ((40, 33, 5, 7), 1),
+        ((4, 16, 4, 4), 0),
+        ((1, 512, 4, 4), 0),
+        ((3, 1, 3, 3), 1),
+        ((2, 600, 9, 9), 1),  # larger than a block
+        ((6, 5, 3, 2, 4), 0),
+        ((6, 4, 3, 5), 3),
+    ],
+    ids=str,
+)
+def test_the_gradient_of_a_contiguous_weight_is_contiguous(shape, dim, dtype):
+    """Where its W / sigma has come in channels_last: the same bits, in their places."""
+    weight, u, v, grad = problem(shape, dim, dtype)
+    found = cpu_kernels.normalize([weight], [u], [v], [1], [EPS], [dim], ["uv"])
+    check_contiguous(found, dim, grad)
+    check_contiguous(found, dim, channels_last(grad))
+
+
+def channels_last(x):
+    """``torch.channels_last``, for any number of dimensions."""
+    last = [0, *range(2, x.ndim), 1]
+    return x.permute(last).contiguous().permute([last.index(d) for d in range(x.ndim)])
+
+
+def check_contiguous(found, dim, grad):
+    vectors, sigmas, (normalized,) = found
+    arguments = ([grad], [channels_last(normalized)], vectors, sigmas, [EPS], [dim])
+    ((got,), (want,)) = (cpu_kernels.normalize_backward(*arguments, [c]) for c in (True, False))
+    assert got.is_contiguous()
+    assert torch.equal(got, want)
+
+
 @iterations
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-15, 1e-13, 1e-11, 1e-9, 1e9, 1e18])
 def test_any_scale(scale, n):
@@ -211,7 +252,9 @@ def test_many_in_one_call_are_the_same_bits_as_each_alone_and_again(dtype):
     first = cpu_kernels.normalize(weights, us, vs, *options)
     again = cpu_kernels.normalize(weights, us, vs, *options)
     assert torch.equal(first[0], again[0])
-    gradients = cpu_kernels.normalize_backward(grads, first[2], *first[:2], options[1], dims)
+    gradients = cpu_kernels.normalize_backward(
+        grads, first[2], *first[:2], options[1], dims, [False] * len(dims)
+    )
     new = first[0].split([len(x) for pair in zip(us, vs, strict=True) for x in pair])
     for k in range(len(weights)):
         alone = by_kernel(weights[k], us[k], vs[k], grads[k], counts[k], dims[k], options[3][k])
@@ -226,7 +269,7 @@ def test_weights_without_a_gradient_are_skipped():
         both, [u, u], [v, v], [1, 1], [EPS] * 2, [0, 0], ["uv", "uv"]
     )
     first, second = cpu_kernels.normalize_backward(
-        [None, grad], normalized, vectors, sigmas, [EPS] * 2, [0, 0]
+        [None, grad], normalized, vectors, sigmas, [EPS] * 2, [0, 0], [False, True]
     )
     assert first is None
     assert second is not None
@@ -280,3 +323,4 @@ def test_random_shapes(shape, dim, order, n, seed):
     want = by_reference(weight, u, v, grad, n, dim, order)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert distance(a, b, grad, i == 3) < 1e-12
+    check_contiguous(cpu_kernels.normalize([weight], [u], [v], [n], [EPS], [dim], [order]), dim, grad)

@@ -43,8 +43,14 @@ def test_opcheck(name, dtype):
 def test_opcheck_of_the_gradient():
     weights, us, vs, n, eps, dims, orders = arguments()
     vectors, sigmas, normalized = ops.normalize(weights, us, vs, n, eps, dims, orders)
-    grads = [torch.randn_like(normalized[0]), None, torch.randn_like(normalized[2])]
-    torch.library.opcheck(operator("normalize_backward"), (grads, normalized, vectors, sigmas, eps, dims))
+    grads = [torch.randn_like(normalized[0]), None, None]
+    normalized[1] = normalized[1].transpose(1, 2).contiguous().transpose(1, 2)  # channels_last
+    grads[1] = torch.randn_like(normalized[1])
+    for contiguous in (True, False):
+        torch.library.opcheck(
+            operator("normalize_backward"),
+            (grads, normalized, vectors, sigmas, eps, dims, [contiguous] * 3),
+        )
 
 
 def test_gradients_of_first_and_second_order():

@@ -518,15 +518,16 @@ def test_without_iteration_any_length_of_u_and_v_will_do(kernels):
 # ---------------------------------------------------------------- backward
 
 
-def gradients(kernels, cases, grads, vectors, sigmas):
+def gradients(kernels, cases, grads, vectors, sigmas, contiguous=False):
     parts = vectors.split([x.numel() for c in cases for x in (c.u, c.v)])
     normalized = [
         # With the weight's strides, but for gaps.
         torch.empty_like(c.w).copy_(reference.normalized(c.w, u, v, EPS, c.dim))
         for c, u, v in zip(cases, parts[::2], parts[1::2], strict=True)
     ]
+    count = len(cases)
     return kernels.normalize_backward(
-        grads, normalized, vectors, sigmas, [EPS] * len(cases), [c.dim for c in cases]
+        grads, normalized, vectors, sigmas, [EPS] * count, [c.dim for c in cases], [contiguous] * count
     )
 
 
@@ -583,6 +584,18 @@ def test_gradients_of_any_strides(kernels, name):
         check_gradients(kernels, [case], vectors, sigmas, [grad])
     for grad in (backwards, padded, expanded):
         check_gradients(kernels, [case], vectors, sigmas, [grad])
+
+
+def test_gradients_of_contiguous_weights_are_contiguous(kernels):
+    """Where Inductor has turned their W / sigma to channels_last."""
+    cases = [make(name) for name in ("small", "channels last", "channels last transpose")]
+    grads = [None, *(torch.randn_like(c.w) for c in cases[1:])]
+    _, vectors, sigmas = run(kernels, cases)
+    found = [
+        gradients(kernels, cases, grads, vectors, sigmas, contiguous)[1:] for contiguous in (True, False)
+    ]
+    assert all(dw.is_contiguous() for dw in found[0])
+    assert all(map(torch.equal, *found))
 
 
 def test_two_runs_give_the_same_bits(kernels):

@@ -158,6 +158,7 @@ def normalize_backward(
     sigmas: Tensor,
     eps: Sequence[float],
     dims: Sequence[int],
+    contiguous: Sequence[bool],
 ) -> list[Tensor | None]:
     """``dW = (G - <G, W / sigma> u v^T) / sigma``, or G where the weight was left as it is.
 
@@ -168,9 +169,11 @@ def normalize_backward(
         sigmas: ``[L]``, from `normalize`.
         eps: Not used: a sigma of 0 tells what eps decided.
         dims: As in `normalize`.
+        contiguous: Whether the weight of each is, though ``W / sigma`` may not be.
 
     Returns:
-        dW of each, with dtype, shape and strides of the weight; None where G is None.
+        dW of each, with dtype, shape and strides of ``W / sigma``, but contiguous where the weight is; None
+        where G is None.
     """
     weights = [w if is_dense(tuple(w.shape), w.stride()) else w.contiguous() for w in normalized]
     key = tuple(
@@ -209,7 +212,10 @@ def normalize_backward(
     for i, out in enumerate(outputs):
         if i in plan.copied and out is not None:  # computed as if the weight were contiguous
             outputs[i] = torch.empty_like(weights[i]).copy_(out)
-    return outputs
+    return [
+        out.contiguous() if out is not None and wants else out
+        for out, wants in zip(outputs, contiguous, strict=True)
+    ]
 
 
 def _addresses(tensors: Sequence[Tensor], count: int) -> tuple[int, ...]:
