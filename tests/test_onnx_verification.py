@@ -141,11 +141,15 @@ def near_zero(tmp_path_factory):
 
 def test_a_score_near_zero_is_held_to_the_size_of_its_terms(near_zero):
     gm, args, path = near_zero
-    truth = freeze(gm).double()(args[0].double(), args[1]).item()
-    (got,) = onnxruntime.InferenceSession(path).run(None, {"x": args[0].numpy(), "label": args[1].numpy()})
-    errors = abs(got.item() - truth), abs(gm(*args).item() - truth)
+    exact, session = freeze(gm).double(), onnxruntime.InferenceSession(path)
+    errors = []
+    for i in range(16):  # the roundings of one score are one draw, and another on another processor
+        image, label = args[0] * (1 + i * 2**-20), args[1]
+        truth = exact(image.double(), label).item()
+        (got,) = session.run(None, {"x": image.numpy(), "label": label.numpy()})
+        errors += abs(got.item() - truth), abs(gm(image, label).item() - truth)
     # As relative to the score, eager fp32 fails by itself, and the file is about as exact as it is.
-    assert errors[1] > LIMITS["fp32"] * abs(truth)
+    assert errors[1] > LIMITS["fp32"] * abs(exact(args[0].double(), args[1]).item())
     report = verify(path, gm, args)
     # What the score is held to is a few hundred times what fp32 leaves of it, and no more.
     size = report.max_abs_error / report.max_rel_error
