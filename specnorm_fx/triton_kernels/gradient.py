@@ -146,7 +146,8 @@ def _gradient(
     tl.store(out + w_offset, dw.to(W), mask=inside)
 
 
-@triton.jit
+# Of the vectors and sigmas of all weights, a group of gradients has a part, which begins anywhere.
+@triton.jit(do_not_specialize_on_alignment=["vectors", "sigmas"])
 def gradient_kernel(
     grads,
     outputs,

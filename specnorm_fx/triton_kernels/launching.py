@@ -6,6 +6,7 @@ a recording.
 """
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,46 @@ from specnorm_fx.triton_kernels.layout import Weight, is_dense
 from specnorm_fx.triton_kernels.tables import backward_plan, forward_plan
 
 __all__ = ["normalize", "normalize_backward", "power_iteration", "start"]
+
+
+class _Launcher:
+    """A kernel, past Triton's own launch where it is compiled already.
+
+    For each of some dozens of arguments that one looks up what to specialise on and which kernel that makes,
+    and then whether a constant has changed: 50 to 75 us a launch on a host where this takes 8 to 12.
+
+    Args:
+        kernel: Its constants come last, and all else is specialised alike in all calls.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._compiled: dict[tuple[Any, ...], Any] = {}  # by device and constants
+
+    def __call__(
+        self, device: torch.device, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...]
+    ) -> None:
+        """Launch it.
+
+        Args:
+            device: The current one.
+            programs: How many.
+            arguments: All but the constants.
+            constants: Hashable.
+        """
+        key = (device, constants)
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[programs, 1, 1](*arguments, *constants)
+            return
+        compiled = self.kernel[(programs,)](*arguments, *constants, num_warps=8)
+        if compiled is not None:  # it is interpreted
+            self._compiled[key] = compiled
+
+
+_pass, _reduce, _finish, _dot, _gradient = map(
+    _Launcher, (pass_kernel, reduce_kernel, finish_kernel, dot_kernel, gradient_kernel)
+)
 
 
 def start() -> None:
@@ -107,17 +148,16 @@ def _forward(
     orders: Sequence[str],
     divide: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    weights = [w if is_dense(tuple(w.shape), w.stride()) else w.contiguous() for w in weights]
+    weights = [_dense(w) for w in weights]
     key = tuple(
-        Weight(tuple(w.shape), w.stride(), dim, n, order, e)
+        Weight(w.shape, w.stride(), dim, n, order, e)
         for w, dim, n, order, e in zip(weights, dims, n_power_iterations, orders, eps, strict=True)
     )
-    device, dtype = weights[0].device, reference.compute_dtype(weights[0])
-    # A model that was turned to half precision has u and v in it.
-    us, vs = ([x.to(dtype).contiguous() for x in column] for column in (us, vs))
-    plan = forward_plan(key, weights[0].element_size(), device, divide)
-    types = _types(weights[0])
-    vectors = torch.empty(sum(x.numel() for x in (*us, *vs)), dtype=dtype, device=device)
+    device, dtype, itemsize = weights[0].device, *_dtypes(weights[0])
+    us, vs = ([_plain(x, dtype) for x in column] for column in (us, vs))
+    plan = forward_plan(key, itemsize, device, divide)
+    types = _types(weights[0].dtype, dtype)
+    vectors = torch.empty(plan.sides, dtype=dtype, device=device)
     sigmas = torch.empty(len(weights), dtype=torch.float64, device=device)
     # Without division nothing is written there, so any address will do.
     outputs = [torch.empty_like(w) for w in weights] if divide else list(weights)
@@ -134,19 +174,13 @@ def _forward(
             state = (chunk.table, chunk.epsilons, vectors)
             passes, reduces, finishes = chunk.programs
             for step in range(max(chunk.iterations, 1)):
-                pass_kernel[(passes,)](
-                    pointers, xs, ys, *state, workspace, sums, step,
-                    FIRST=step == 0, VEC=16 // weights[0].element_size(), L=count, num_warps=8, **types,
-                )  # fmt: skip
-                reduce_kernel[(reduces,)](
-                    pointers, *state, workspace, sums, step, L=count, num_warps=8, **types
-                )
+                first = (pointers, xs, ys, *state, workspace, sums, step)
+                _pass(device, passes, first, (step == 0, *types, 16 // itemsize, count))
+                _reduce(device, reduces, (pointers, *state, workspace, sums, step), (*types, count))
             pointers = _addresses([weights[i] for i in chunk.indices], count)
             results = _addresses([outputs[i] for i in chunk.indices], count)
-            finish_kernel[(finishes,)](
-                pointers, results, *state, sigmas, workspace, sums,
-                DIVIDE=divide, L=count, num_warps=8, **types,
-            )  # fmt: skip
+            last = (pointers, results, *state, sigmas, workspace, sums)
+            _finish(device, finishes, last, (divide, *types, count))
     return vectors, sigmas, outputs
 
 
@@ -175,14 +209,13 @@ def normalize_backward(
         dW of each, with dtype, shape and strides of ``W / sigma``, but contiguous where the weight is; None
         where G is None.
     """
-    weights = [w if is_dense(tuple(w.shape), w.stride()) else w.contiguous() for w in normalized]
+    weights = [_dense(w) for w in normalized]
     key = tuple(
-        Weight(tuple(w.shape), w.stride(), dim, grad_stride=None if g is None else g.stride())
+        Weight(w.shape, w.stride(), dim, grad_stride=None if g is None else g.stride())
         for g, w, dim in zip(grads, weights, dims, strict=True)
     )
-    device = weights[0].device
-    plan = backward_plan(key, weights[0].element_size(), device)
-    types = _types(weights[0])
+    device, dtype, itemsize = weights[0].device, *_dtypes(weights[0])
+    plan = backward_plan(key, itemsize, device)
     read = [w.contiguous() if i in plan.copied else w for i, w in enumerate(weights)]
     outputs = [None if g is None else torch.empty_like(w) for g, w in zip(grads, read, strict=True)]
     with _on(device):
@@ -197,18 +230,14 @@ def normalize_backward(
                     g = torch.empty_like(weights[i]).copy_(g)
                 sources.append(g)
             sums = torch.empty(chunk.sums, dtype=torch.float64, device=device)
-            count, vec = chunk.padded, 16 // weights[0].element_size()
+            count = chunk.padded
+            constants = (*_types(weights[0].dtype, dtype), 16 // itemsize, count)
             dots, tiles = chunk.programs
             pointers = _addresses(sources, count)
             results = _addresses([out for i in chunk.indices if (out := outputs[i]) is not None], count)
-            dot_kernel[(dots,)](
-                _addresses([read[i] for i in chunk.indices], count), pointers, chunk.table, sums,
-                VEC=vec, L=count, num_warps=8, **types,
-            )  # fmt: skip
-            gradient_kernel[(tiles,)](
-                pointers, results, chunk.table, vectors, sigmas, sums,
-                VEC=vec, L=count, num_warps=8, **types,
-            )  # fmt: skip
+            factors = _addresses([read[i] for i in chunk.indices], count)
+            _dot(device, dots, (factors, pointers, chunk.table, sums), constants)
+            _gradient(device, tiles, (pointers, results, chunk.table, vectors, sigmas, sums), constants)
     for i, out in enumerate(outputs):
         if i in plan.copied and out is not None:  # computed as if the weight were contiguous
             outputs[i] = torch.empty_like(weights[i]).copy_(out)
@@ -230,6 +259,24 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _types(weight: Tensor) -> dict[str, Any]:
-    names = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, reference.compute_dtype(weight)))
-    return dict(zip(("W", "C"), (getattr(tl, name) for name in names), strict=True))
+def _dense(weight: Tensor) -> Tensor:
+    """The weight, or a copy without gaps."""
+    if weight.is_contiguous() or is_dense(weight.shape, weight.stride()):
+        return weight
+    return weight.contiguous()
+
+
+def _plain(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """A u or v as the kernels read it: a model that was turned to half precision may have it in it."""
+    return vector if vector.dtype == dtype and vector.is_contiguous() else vector.to(dtype).contiguous()
+
+
+def _dtypes(weight: Tensor) -> tuple[torch.dtype, int]:
+    """What is computed in, and the bytes of an element of the weight."""
+    return reference.compute_dtype(weight), weight.element_size()
+
+
+@functools.cache
+def _types(*dtypes: torch.dtype) -> tuple[Any, ...]:
+    """The same in Triton."""
+    return tuple(getattr(tl, str(dtype).removeprefix("torch.")) for dtype in dtypes)

@@ -78,6 +78,7 @@ class Plan(NamedTuple):
     """How all weights of a call are served."""
 
     chunks: list[Chunk]
+    sides: int  # all m and n together
     copied: frozenset[int]  # weights (and gradients) to be read from a contiguous copy
     relaid: frozenset[int]  # gradients to be read from a copy with the strides of the weight
 
@@ -131,7 +132,7 @@ def forward_plan(weights: tuple[Weight, ...], itemsize: int, device: torch.devic
                 {PASS_START: blocks, REDUCE_START: tiles, FINISH_START: finish},
             )
         chunks.append(table.chunk(indices, device))
-    return Plan(chunks, copied, frozenset())
+    return Plan(chunks, sum(map(sum, (weight.sides for weight in weights))), copied, frozenset())
 
 
 @functools.cache
@@ -181,7 +182,7 @@ def backward_plan(weights: tuple[Weight, ...], itemsize: int, device: torch.devi
                 {DOT_START: dots, TILE_START: tiles},
             )
         chunks.append(table.chunk(indices, device))
-    return Plan(chunks, copied, relaid)
+    return Plan(chunks, sum(map(sum, (weight.sides for weight in weights))), copied, relaid)
 
 
 class _Table:
