@@ -98,7 +98,7 @@ def groups(weights: Sequence[Tensor]) -> list[list[int]]:
 
 @functools.cache
 def _cuda_kernels() -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
+    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
         return None
     from specnorm_fx import triton_kernels
 

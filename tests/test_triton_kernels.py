@@ -305,6 +305,37 @@ def test_every_launch_is_on_the_device_of_the_weights(kernels, monkeypatch):
     assert launched == [[case.w.device]] * 5
 
 
+def test_what_is_compiled_is_launched_past_the_lookup(kernels):
+    """By device and constants; the grid of a compiled kernel has three dimensions."""
+    calls = []
+
+    class Kernel:
+        def __init__(self, name, *makes):
+            self.name, self.makes = name, list(makes)
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                calls.append((self.name, grid, args, options))
+                return self.makes.pop(0) if self.makes else None
+
+            return launch
+
+    launcher = kernels.launching._Launcher(
+        Kernel("source", Kernel("a"), Kernel("b"), Kernel("c")), num_warps=4
+    )
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    for device, constants in ((first, (1,)), (first, (1,)), (first, (2,)), (second, (1,)), (second, (1,))):
+        launcher(device, 5, ("x",), constants)
+    compiled, options = {"num_warps": 4}, {}
+    assert calls == [
+        ("source", (5,), ("x", 1), compiled),
+        ("a", (5, 1, 1), ("x", 1), options),
+        ("source", (5,), ("x", 2), compiled),
+        ("source", (5,), ("x", 1), compiled),
+        ("c", (5, 1, 1), ("x", 1), options),
+    ]
+
+
 def test_the_device_is_made_the_current_one(kernels):
     assert kernels.launching._on(torch.device("cuda", 1)).idx == 1
 

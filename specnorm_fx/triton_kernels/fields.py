@@ -4,9 +4,10 @@ import triton.language as tl
 
 __all__ = [
     "ALL_TILES", "AXIS", "BLOCKS", "BLOCK_SIZE", "BLOCK_SUMS", "CHUNKS", "DOTS", "DOT_START", "DOT_SUMS",
-    "DOT_TILES", "FIELDS", "FINISH_START", "G_P_INNER", "G_P_OUTER", "G_Q_INNER", "G_Q_OUTER", "INNER",
+    "DOT_TILES", "FIELDS", "FINISH_START", "GRADIENT_START", "GRADIENT_TILES", "G_P_INNER", "G_P_OUTER",
+    "G_Q_INNER", "G_Q_OUTER", "INNER",
     "INNER_PLACE", "INNER_STRIDE", "ITERATIONS", "KIND", "NUMEL", "OUTER_PLACE", "OUTER_STRIDE",
-    "PARTIAL", "PASS_START", "Q_TILES", "REDUCE_START", "SIGMA", "SIZE", "TILES", "TILE_START", "TILE_SUMS",
+    "PARTIAL", "PASS_START", "Q_TILES", "REDUCE_START", "SIGMA", "SIZE", "TILES", "TILE_SUMS",
     "S", "T", "X", "Y",
 ]  # fmt: skip
 
@@ -50,7 +51,8 @@ AXIS = tl.constexpr(6)
     DOTS,  # partial sums of <G, W / sigma>
     DOT_TILES,  # tiles of one partial sum
     DOT_SUMS,
+    GRADIENT_TILES,  # tiles of dW that a program computes
     DOT_START,
-    TILE_START,
-) = (tl.constexpr(i) for i in range(30, 41))
-FIELDS = tl.constexpr(41)
+    GRADIENT_START,
+) = (tl.constexpr(i) for i in range(30, 42))
+FIELDS = tl.constexpr(42)

@@ -18,12 +18,13 @@ from specnorm_fx.triton_kernels.fields import (
     G_P_OUTER,
     G_Q_INNER,
     G_Q_OUTER,
+    GRADIENT_START,
+    GRADIENT_TILES,
     INNER,
     INNER_STRIDE,
     Q_TILES,
     SIGMA,
     SIZE,
-    TILE_START,
     X,
     Y,
 )
@@ -128,7 +129,8 @@ def _gradient(
     factor,
     inverse,
     row,
-    tile,
+    begin,
+    end,
     W: tl.constexpr,
     C: tl.constexpr,
     P: tl.constexpr,
@@ -138,12 +140,13 @@ def _gradient(
     p_axis = axis_at(row, 0)
     q_axis = axis_at(row, AXIS)
     g = pointer_at(g_at, W, VEC > 0)
-    w_offset, g_offset, inside, p, q = _tile_offsets(tile, row, p_axis, q_axis, P, Q, VEC)
-    g_tile = tl.load(g + g_offset, mask=inside, other=0.0).to(C)
-    x_p = tl.load(x + place_of(p, p_axis), mask=p < p_axis[SIZE], other=0.0) * factor
-    y_q = tl.load(y + place_of(q, q_axis), mask=q < q_axis[SIZE], other=0.0)
-    dw = scale_by(g_tile - x_p[:, None] * y_q[None, :], inverse, C)
-    tl.store(out + w_offset, dw.to(W), mask=inside)
+    for tile in range(begin, end):
+        w_offset, g_offset, inside, p, q = _tile_offsets(tile, row, p_axis, q_axis, P, Q, VEC)
+        g_tile = tl.load(g + g_offset, mask=inside, other=0.0).to(C)
+        x_p = tl.load(x + place_of(p, p_axis), mask=p < p_axis[SIZE], other=0.0) * factor
+        y_q = tl.load(y + place_of(q, q_axis), mask=q < q_axis[SIZE], other=0.0)
+        dw = scale_by(g_tile - x_p[:, None] * y_q[None, :], inverse, C)
+        tl.store(out + w_offset, dw.to(W), mask=inside)
 
 
 # Of the vectors and sigmas of all weights, a group of gradients has a part, which begins anywhere.
@@ -160,11 +163,14 @@ def gradient_kernel(
     VEC: tl.constexpr,
     L: tl.constexpr,
 ):
-    """Each program one tile of one dW."""
-    layer, row, tile = find(table, TILE_START, L)
+    """Each program some tiles of one dW."""
+    layer, row, part = find(table, GRADIENT_START, L)
     g_at = address_of(grads, layer, L)
     kind = actual_kind(row, g_at % 16 == 0)
     out = pointer_at(address_of(outputs, layer, L), W, True)
+    size = tl.load(row + GRADIENT_TILES).to(tl.int32)
+    begin = part * size
+    end = tl.minimum(begin + size, tl.load(row + ALL_TILES).to(tl.int32))
     x = vectors + tl.load(row + X)
     y = vectors + tl.load(row + Y)
     sigma = tl.load(sigmas + tl.load(row + SIGMA))
@@ -173,10 +179,10 @@ def gradient_kernel(
     # Selected, not multiplied: a weight that was left as it is may hold NaN.
     factor = tl.where(sigma != 0.0, total, 0.0).to(C)
     if kind == WIDE_PLAIN:
-        _gradient(g_at, out, x, y, factor, inverse, row, tile, W, C, WIDE_P, WIDE_Q, VEC)
+        _gradient(g_at, out, x, y, factor, inverse, row, begin, end, W, C, WIDE_P, WIDE_Q, VEC)
     elif kind == TALL_PLAIN:
-        _gradient(g_at, out, x, y, factor, inverse, row, tile, W, C, TALL_P, TALL_Q, VEC)
+        _gradient(g_at, out, x, y, factor, inverse, row, begin, end, W, C, TALL_P, TALL_Q, VEC)
     elif kind == TALL:
-        _gradient(g_at, out, x, y, factor, inverse, row, tile, W, C, TALL_P, TALL_Q, 0)
+        _gradient(g_at, out, x, y, factor, inverse, row, begin, end, W, C, TALL_P, TALL_Q, 0)
     else:
-        _gradient(g_at, out, x, y, factor, inverse, row, tile, W, C, WIDE_P, WIDE_Q, 0)
+        _gradient(g_at, out, x, y, factor, inverse, row, begin, end, W, C, WIDE_P, WIDE_Q, 0)

@@ -212,10 +212,9 @@ def pass_kernel(
     L: tl.constexpr,
 ):
     """Each program one block of p of one weight."""
-    # Longer tiles where 16-byte vectors save address registers, a shorter one where nothing does.
-    PLAIN: tl.constexpr = 1 if C == tl.float64 else 2
-    WIDER: tl.constexpr = PLAIN * WIDE_Q
-    LONGER: tl.constexpr = PLAIN * TALL_Q
+    # Longer tiles for half precision: as many bytes. A shorter one where address registers are many.
+    WIDER: tl.constexpr = 2 * WIDE_Q if VEC == 8 else WIDE_Q
+    LONGER: tl.constexpr = 2 * TALL_Q if VEC == 8 else TALL_Q
     SHORT: tl.constexpr = TALL_Q // 2
     layer, row, block = find(table, PASS_START, L)
     if step < tl.maximum(tl.load(row + ITERATIONS), 1):

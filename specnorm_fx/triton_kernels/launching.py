@@ -32,10 +32,12 @@ class _Launcher:
 
     Args:
         kernel: Its constants come last, and all else is specialised alike in all calls.
+        **options: What Triton compiles it with.
     """
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, **options: int) -> None:
         self.kernel = kernel
+        self.options = options
         self._compiled: dict[tuple[Any, ...], Any] = {}  # by device and constants
 
     def __call__(
@@ -54,13 +56,17 @@ class _Launcher:
         if compiled is not None:
             compiled[programs, 1, 1](*arguments, *constants)
             return
-        compiled = self.kernel[(programs,)](*arguments, *constants, num_warps=8)
+        compiled = self.kernel[(programs,)](*arguments, *constants, **self.options)
         if compiled is not None:  # it is interpreted
             self._compiled[key] = compiled
 
 
-_pass, _reduce, _finish, _dot, _gradient = map(
-    _Launcher, (pass_kernel, reduce_kernel, finish_kernel, dot_kernel, gradient_kernel)
+# Two programs share the 65536 registers of an SM: one reads while the other one computes. (Of four warps each
+# thread may have 255, and has no more in any case.)
+_pass = _Launcher(pass_kernel, num_warps=4)
+_reduce, _finish, _dot, _gradient = (
+    _Launcher(kernel, num_warps=8, maxnreg=128)
+    for kernel in (reduce_kernel, finish_kernel, dot_kernel, gradient_kernel)
 )
 
 

@@ -9,11 +9,9 @@ __all__ = [
     "VECTOR", "WIDE", "WIDE_P", "WIDE_PLAIN", "WIDE_Q", "WRITERS", "kind_of", "tile_shape",
 ]  # fmt: skip
 
-# Tiles [p, q] of 4096 elements for 256 threads. WIDE is for long rows: a warp reads 512 bytes of one
-# row, and the sum over p stays within a thread. TALL is for short rows, and for weights that are
-# contiguous along p, of which it takes full lines of 128 bytes. Where the pass reads 16-byte vectors
-# its tiles are twice as long along q: then 32 KB of W are on their way per program, and one program on
-# each SM, which is what its registers allow, keeps the memory busy.
+# Tiles [p, q] of 4096 elements. WIDE is for long rows: a warp reads 512 bytes of one row, and the sum over p
+# stays within a thread. TALL is for short rows, and for weights that are contiguous along p, of which it
+# takes full lines of 128 bytes.
 WIDE_P, WIDE_Q = tl.constexpr(8), tl.constexpr(512)
 TALL_P, TALL_Q = tl.constexpr(32), tl.constexpr(128)
 
