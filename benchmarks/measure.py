@@ -22,6 +22,9 @@ Key = TypeVar("Key", bound=Hashable)
 # A sample lasts at least this long, of several calls if need be. On a GPU its end waits for the device, which
 # must be small against it.
 SAMPLE_SECONDS = {"cpu": 0.001, "cuda": 0.02}
+# And of so many calls. In training the host is ahead of the device; were each step waited for, what the host
+# does before the first kernel of the next would count as if the device had done it.
+SAMPLE_CALLS = {"cpu": 1, "cuda": 8}
 # The first compiles, with CUDA graphs the second warms up and the third records.
 WARM_UP = 4
 
@@ -126,7 +129,9 @@ def _warm_up(call: Callable[[], object], device: str, series: Series) -> int:
         if probe.fails is None:
             _sample(call, device, 1, probe)
     series.fails = probe.fails
-    return 1 if probe.fails else max(1, math.ceil(SAMPLE_SECONDS[device] / probe.values[-1]))
+    if probe.fails:
+        return 1
+    return max(SAMPLE_CALLS[device], math.ceil(SAMPLE_SECONDS[device] / probe.values[-1]))
 
 
 def _sample(call: Callable[[], object], device: str, count: int, series: Series) -> None:
