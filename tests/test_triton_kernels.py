@@ -655,35 +655,70 @@ def test_any_shape_and_layout(kernels, shape, data, iterations, order):
 
 # ---------------------------------------------------------------- the real compiler
 
-COMPILE = """
-    import triton, triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from specnorm_fx.triton_kernels import launching
+# With a driver that launches nothing: a training step of two weights, twice.
+LAUNCH = """
+    import threading
+    from types import SimpleNamespace
 
-    pointers = {"table": "*i64", "epsilons": "*fp64", "sums": "*fp64"}
-    pointers |= dict.fromkeys(("vectors", "workspace", "sigmas", "output"), "*fp32")
-    constants = dict(W=tl.float32, C=tl.float32, VEC=4, L=2, FIRST=False, DIVIDE=True)
-    for name in ("pass", "reduce", "finish", "dot", "gradient"):
-        kernel = getattr(launching, name + "_kernel")
-        types, values = {}, {}
-        for i, argument in enumerate(kernel.arg_names):
-            if argument in constants:
-                types[argument], values[i,] = "constexpr", constants[argument]
-            elif argument in ("step", "n_sigmas"):
-                types[argument] = "i32"
-            else:
-                types[argument] = pointers.get(argument, ("i64", "i64"))
-        source = triton.compiler.ASTSource(kernel, types, values)
-        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    import torch, triton
+    from triton.backends.compiler import GPUTarget
+
+    compiled, launched = [], []
+
+    class Launcher:
+        def __init__(self, source, metadata):
+            self.name = source.fn.__name__
+
+        def __call__(self, x, y, z, stream, function, *arguments):
+            assert (y, z, stream, function) == (1, 1, 7, 2)
+            launched.append((self.name, x, arguments[4:]))
+
+    triton.runtime.driver.set_active(SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 7,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        launcher_cls=Launcher,
+        utils=SimpleNamespace(
+            load_binary=lambda *_: (1, 2, 32, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 232448},
+        ),
+    ))
+
+    def compile(source, *, _compile=triton.compiler.compile, **options):
+        compiled.append((source.fn.__name__, threading.get_ident()))
+        built = _compile(source, **options)
         assert built.asm["cubin"]
+        return built
+
+    triton.compiler.compile = compile
+    from specnorm_fx.triton_kernels import normalize, normalize_backward
+
+    ws = [torch.randn(4, 6), torch.randn(8, 3, 3, 3)]
+    us, vs = [torch.randn(4), torch.randn(8)], [torch.randn(6), torch.randn(27)]
+    for _ in range(2):
+        vectors, sigmas, results = normalize(ws, us, vs, [1] * 2, [1e-12] * 2, [0] * 2, ["uv"] * 2)
+        # Of the second alone: its vectors begin where 16 does not divide.
+        (dw,) = normalize_backward(results[1:], results[1:], vectors[10:], sigmas[1:], [1e-12], [0], [True])
+
+    names = ["pass_kernel", "reduce_kernel", "finish_kernel", "dot_kernel", "gradient_kernel"]
+    assert sorted(name for name, _ in compiled) == sorted(names)
+    assert len({thread for _, thread in compiled} | {threading.get_ident()}) == 6
+    assert [name for name, *_ in launched] == names * 2
+    addresses = tuple(w.data_ptr() + 1 for w in (*ws, *ws[1:] * 6))
+    assert [arguments[0] for name, _, arguments in launched if name == "pass_kernel"] == [addresses] * 2
+    assert [programs for _, programs, _ in launched] == [2, 2, 2, 1, 1] * 2
+    *_, (_, _, arguments) = launched
+    assert arguments[1] == (dw.data_ptr() + 1,) * 8
+    assert arguments[3].data_ptr() == vectors.data_ptr() + 40
 """
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="every other test compiles")
-def test_compiles_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
+@pytest.mark.skipif(DEVICE == "cuda", reason="every other test compiles and launches")
+def test_compiles_and_launches_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
+    """Each kernel once, all at the same time; then past Triton's lookup."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    subprocess.run([sys.executable, "-c", textwrap.dedent(COMPILE)], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(LAUNCH)], check=True, timeout=300)
 
 
 @pytest.mark.parametrize("value", [6e4, 6e-8])

@@ -8,6 +8,7 @@ a recording.
 import contextlib
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -68,6 +69,38 @@ _reduce, _finish, _dot, _gradient = (
     _Launcher(kernel, num_warps=8, maxnreg=128)
     for kernel in (reduce_kernel, finish_kernel, dot_kernel, gradient_kernel)
 )
+
+
+@functools.cache
+def _compile(device: torch.device, weight: torch.dtype, compute: torch.dtype, many: int) -> None:
+    """Compile what a training step needs, all at once.
+
+    One kernel after the other, each where it is first launched, takes twice as long; the pass alone takes as
+    long as all others. Nothing else hangs on it: a launch compiles what it does not find.
+
+    Args:
+        device: The current one.
+        weight: The dtype of the weights.
+        compute: That of the vectors.
+        many: How many weights, filled up.
+    """
+    types, vec = _types(weight, compute), 16 // weight.itemsize
+    addresses = (2**40 + 1,) * many  # as those of `_addresses`
+    examples = {"table": torch.int64, "step": 0}
+    examples |= dict.fromkeys(("epsilons", "sigmas", "sums"), torch.float64)
+    examples |= dict.fromkeys(("vectors", "workspace"), compute)
+    examples |= dict.fromkeys(("weights", "xs", "ys", "grads", "outputs"), addresses)
+    due = (
+        (_pass, (True, *types, vec, many)),
+        (_reduce, (*types, many)),
+        (_finish, (True, *types, many)),
+        (_dot, (*types, vec, many)),
+        (_gradient, (*types, vec, many)),
+    )
+    with ThreadPoolExecutor(len(due)) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for launcher, constants in due:
+            arguments = [examples[name] for name in launcher.kernel.arg_names if name in examples]
+            launcher.kernel.warmup(*arguments, *constants, grid=(1,), **launcher.options)
 
 
 def start() -> None:
@@ -173,6 +206,7 @@ def _forward(
             workspace = torch.empty(chunk.workspace, dtype=dtype, device=device)
             sums = torch.empty(chunk.sums, dtype=torch.float64, device=device)
             count = chunk.padded
+            _compile(device, weights[0].dtype, dtype, count)
             pointers = _addresses([read[i] for i in chunk.indices], count)
             pairs = list(zip(chunk.indices, chunk.swapped, strict=True))
             xs = _addresses([(vs if swapped else us)[i] for i, swapped in pairs], count)
