@@ -15,7 +15,8 @@ forward overwrites it (torch 2.13: "modified by an inplace operation" for D(real
 costs the same to compile for any number of iterations and of layers.
 
 On the CPU they run `specnorm_fx.cpu_kernels`, on CUDA `specnorm_fx.triton_kernels` where Triton is
-installed, and elsewhere `specnorm_fx.reference`, weight by weight. All three take and give the same.
+installed, and elsewhere `specnorm_fx.reference`, weight by weight: on ROCm, too, where nobody has tried the
+kernels. All three take and give the same.
 """
 
 import functools

@@ -160,6 +160,13 @@ def test_without_a_c_compiler_cuda_goes_by_the_reference(monkeypatch):
         assert ops._kernels([SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)]) is None
 
 
+def test_rocm_goes_by_the_reference(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(ops, "_cuda_kernels", functools.cache(ops._cuda_kernels.__wrapped__))
+    assert ops._kernels([SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)]) is None
+
+
 def test_only_part_of_the_weights_trains():
     gm = transform(Discriminator())
     frozen = gm.get_parameter("blocks.0.conv1.weight").requires_grad_(False)
