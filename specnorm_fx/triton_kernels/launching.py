@@ -58,7 +58,7 @@ class _Launcher:
             compiled[programs, 1, 1](*arguments, *constants)
             return
         compiled = self.kernel[(programs,)](*arguments, *constants, **self.options)
-        if compiled is not None:  # it is interpreted
+        if compiled is not None:  # else it is interpreted
             self._compiled[key] = compiled
 
 
@@ -192,7 +192,8 @@ def _forward(
         Weight(w.shape, w.stride(), dim, n, order, e)
         for w, dim, n, order, e in zip(weights, dims, n_power_iterations, orders, eps, strict=True)
     )
-    device, dtype, itemsize = weights[0].device, *_dtypes(weights[0])
+    device, dtype = weights[0].device, reference.compute_dtype(weights[0])
+    itemsize = weights[0].element_size()
     us, vs = ([_plain(x, dtype) for x in column] for column in (us, vs))
     plan = forward_plan(key, itemsize, device, divide)
     types = _types(weights[0].dtype, dtype)
@@ -254,7 +255,8 @@ def normalize_backward(
         Weight(w.shape, w.stride(), dim, grad_stride=None if g is None else g.stride())
         for g, w, dim in zip(grads, weights, dims, strict=True)
     )
-    device, dtype, itemsize = weights[0].device, *_dtypes(weights[0])
+    device, dtype = weights[0].device, reference.compute_dtype(weights[0])
+    itemsize = weights[0].element_size()
     plan = backward_plan(key, itemsize, device)
     read = [w.contiguous() if i in plan.copied else w for i, w in enumerate(weights)]
     outputs = [None if g is None else torch.empty_like(w) for g, w in zip(grads, read, strict=True)]
@@ -311,12 +313,7 @@ def _plain(vector: Tensor, dtype: torch.dtype) -> Tensor:
     return vector if vector.dtype == dtype and vector.is_contiguous() else vector.to(dtype).contiguous()
 
 
-def _dtypes(weight: Tensor) -> tuple[torch.dtype, int]:
-    """What is computed in, and the bytes of an element of the weight."""
-    return reference.compute_dtype(weight), weight.element_size()
-
-
 @functools.cache
 def _types(*dtypes: torch.dtype) -> tuple[Any, ...]:
-    """The same in Triton."""
+    """What Triton calls them."""
     return tuple(getattr(tl, str(dtype).removeprefix("torch.")) for dtype in dtypes)
