@@ -214,7 +214,8 @@ def parts(args: argparse.Namespace) -> list[Part]:
     """All that the command line asks for, in the order in which it is measured.
 
     Model by model on the CPU. On CUDA each mode is a part, and the spectral norm alone and the step come
-    first, of these eager mode, where nothing is compiled, of each mode the small models.
+    first, of these eager mode, where nothing is compiled; then the other modes, the small models first, which
+    wait for the host most.
     """
     if args.device == "cpu":
         return [Part(what, name, tuple(args.modes)) for name in args.models for what in args.only]
@@ -228,7 +229,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     def rank(part: Part) -> tuple[object, ...]:
         mode, model = args.modes.index(part.modes[0]), CASES[part.model].parameters
         if part.what in WANTED:
-            return 0, mode, model, WANTED.index(part.what)
+            return 0, mode > 0, model, mode, WANTED.index(part.what)
         return 1, args.only.index(part.what), mode, model
 
     return sorted(found, key=rank)

@@ -134,9 +134,10 @@ def test_on_cuda_what_is_wanted_most_comes_first(program):
     args = program.parse(["--device", "cuda", "--models", "patchgan", "mlp"])
     assert (args.minutes, args.seconds) == (9.0, 3.0)
     parts = list(map(str, program.parts(args)))
-    assert parts[:6] == [
+    assert parts[:9] == [
         *("mlp: sn eager", "mlp: step eager", "patchgan: sn eager", "patchgan: step eager"),
-        *("mlp: sn compiled", "mlp: step compiled"),
+        *("mlp: sn compiled", "mlp: step compiled", "mlp: sn reduce-overhead", "mlp: step reduce-overhead"),
+        "patchgan: sn compiled",
     ]
     # sn, step and memory in each of three modes; penalty and compile once.
     assert len(set(parts)) == len(parts) == 2 * (3 * 3 + 2)
