@@ -306,10 +306,12 @@ def test_every_launch_is_on_the_device_of_the_weights(kernels, monkeypatch):
 
 
 def test_what_is_compiled_is_launched_past_the_lookup(kernels):
-    """By device and constants; the grid of a compiled kernel has three dimensions."""
+    """By kind and flag; the grid of a compiled kernel has three dimensions."""
     calls = []
 
     class Kernel:
+        arg_names = ("table", "FIRST", "VEC", "L")
+
         def __init__(self, name, *makes):
             self.name, self.makes = name, list(makes)
 
@@ -323,16 +325,18 @@ def test_what_is_compiled_is_launched_past_the_lookup(kernels):
     launcher = kernels.launching._Launcher(
         Kernel("source", Kernel("a"), Kernel("b"), Kernel("c")), num_warps=4
     )
-    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
-    for device, constants in ((first, (1,)), (first, (1,)), (first, (2,)), (second, (1,)), (second, (1,))):
-        launcher(device, 5, ("x",), constants)
+    first, second = (
+        kernels.launching._Kind(torch.device("cuda", i), torch.float16, torch.float32, 8) for i in range(2)
+    )
+    for kind, flag in ((first, True), (first, True), (first, False), (second, True), (second, True)):
+        launcher(kind, 5, ("x",), flag)
     compiled, options = {"num_warps": 4}, {}
     assert calls == [
-        ("source", (5,), ("x", 1), compiled),
-        ("a", (5, 1, 1), ("x", 1), options),
-        ("source", (5,), ("x", 2), compiled),
-        ("source", (5,), ("x", 1), compiled),
-        ("c", (5, 1, 1), ("x", 1), options),
+        ("source", (5,), ("x", True, 8, 8), compiled),
+        ("a", (5, 1, 1), ("x", True, 8, 8), options),
+        ("source", (5,), ("x", False, 8, 8), compiled),
+        ("source", (5,), ("x", True, 8, 8), compiled),
+        ("c", (5, 1, 1), ("x", True, 8, 8), options),
     ]
 
 
@@ -655,7 +659,7 @@ def test_any_shape_and_layout(kernels, shape, data, iterations, order):
 
 # ---------------------------------------------------------------- the real compiler
 
-# With a driver that launches nothing: a training step of two weights, twice.
+# With a driver that launches nothing: a training step of two weights, twice, with two iterations.
 LAUNCH = """
     import threading
     from types import SimpleNamespace
@@ -696,17 +700,21 @@ LAUNCH = """
     ws = [torch.randn(4, 6), torch.randn(8, 3, 3, 3)]
     us, vs = [torch.randn(4), torch.randn(8)], [torch.randn(6), torch.randn(27)]
     for _ in range(2):
-        vectors, sigmas, results = normalize(ws, us, vs, [1] * 2, [1e-12] * 2, [0] * 2, ["uv"] * 2)
+        vectors, sigmas, results = normalize(ws, us, vs, [2] * 2, [1e-12] * 2, [0] * 2, ["uv"] * 2)
         # Of the second alone: its vectors begin where 16 does not divide.
         (dw,) = normalize_backward(results[1:], results[1:], vectors[10:], sigmas[1:], [1e-12], [0], [True])
 
-    names = ["pass_kernel", "reduce_kernel", "finish_kernel", "dot_kernel", "gradient_kernel"]
-    assert sorted(name for name, _ in compiled) == sorted(names)
-    assert len({thread for _, thread in compiled} | {threading.get_ident()}) == 6
-    assert [name for name, *_ in launched] == names * 2
+    # Of each direction all at once, but for the pass of a further iteration.
+    forward, further, backward = compiled[:3], compiled[3:4], compiled[4:]
+    for found, names in ((forward, ["finish", "pass", "reduce"]), (backward, ["dot", "gradient"])):
+        assert sorted(name for name, _ in found) == [name + "_kernel" for name in names]
+        assert len({thread for _, thread in found} - {threading.get_ident()}) == len(names)
+    assert further == [("pass_kernel", threading.get_ident())]
+    steps = ["pass_kernel", "reduce_kernel"] * 2 + ["finish_kernel", "dot_kernel", "gradient_kernel"]
+    assert [name for name, *_ in launched] == steps * 2
     addresses = tuple(w.data_ptr() + 1 for w in (*ws, *ws[1:] * 6))
-    assert [arguments[0] for name, _, arguments in launched if name == "pass_kernel"] == [addresses] * 2
-    assert [programs for _, programs, _ in launched] == [2, 2, 2, 1, 1] * 2
+    assert [arguments[0] for name, _, arguments in launched if name == "pass_kernel"] == [addresses] * 4
+    assert [programs for _, programs, _ in launched] == [2, 2, 2, 2, 2, 1, 1] * 2
     *_, (_, _, arguments) = launched
     assert arguments[1] == (dw.data_ptr() + 1,) * 8
     assert arguments[3].data_ptr() == vectors.data_ptr() + 40
@@ -715,7 +723,7 @@ LAUNCH = """
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="every other test compiles and launches")
 def test_compiles_and_launches_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
-    """Each kernel once, all at the same time; then past Triton's lookup."""
+    """Each kernel once, those of a direction at the same time; then past Triton's lookup."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     subprocess.run([sys.executable, "-c", textwrap.dedent(LAUNCH)], check=True, timeout=300)

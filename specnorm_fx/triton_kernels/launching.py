@@ -9,7 +9,7 @@ import contextlib
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +25,37 @@ from specnorm_fx.triton_kernels.tables import backward_plan, forward_plan
 __all__ = ["normalize", "normalize_backward", "power_iteration", "start"]
 
 
+class _Kind(NamedTuple):
+    """What the kernels of a chunk are compiled for."""
+
+    device: torch.device  # the current one
+    weight: torch.dtype
+    compute: torch.dtype  # of u and v
+    many: int  # weights, filled up
+
+    def constants(self, kernel: Any, flag: bool) -> list[Any]:
+        """Those that a kernel takes, in its order: they come last.
+
+        Args:
+            kernel: One of Triton's.
+            flag: What FIRST or DIVIDE is, where it has one of them.
+        """
+        names = (str(dtype).removeprefix("torch.") for dtype in (self.weight, self.compute))
+        values = dict(zip(("W", "C"), (getattr(tl, name) for name in names), strict=True))
+        values |= {"VEC": 16 // self.weight.itemsize, "L": self.many, "FIRST": flag, "DIVIDE": flag}
+        return [values[name] for name in kernel.arg_names if name in values]
+
+    def examples(self, kernel: Any) -> list[Any]:
+        """All other arguments, as the calls have them."""
+        values = {"table": torch.int64, "step": 0}
+        values |= dict.fromkeys(("epsilons", "sigmas", "sums"), torch.float64)
+        values |= dict.fromkeys(("vectors", "workspace"), self.compute)
+        # Like those of `_addresses`: neither small nor a multiple of 16.
+        addresses = (2**40 + 1,) * self.many
+        values |= dict.fromkeys(("weights", "xs", "ys", "grads", "outputs"), addresses)
+        return [values[name] for name in kernel.arg_names if name in values]
+
+
 class _Launcher:
     """A kernel, past Triton's own launch where it is compiled already.
 
@@ -32,34 +63,33 @@ class _Launcher:
     and then whether a constant has changed: 50 to 75 us a launch on a host where this takes 8 to 12.
 
     Args:
-        kernel: Its constants come last, and all else is specialised alike in all calls.
+        kernel: All but its constants is specialised alike in all calls.
         **options: What Triton compiles it with.
     """
 
     def __init__(self, kernel: Any, **options: int) -> None:
         self.kernel = kernel
         self.options = options
-        self._compiled: dict[tuple[Any, ...], Any] = {}  # by device and constants
+        self._compiled: dict[tuple[_Kind, bool], tuple[Any, list[Any]]] = {}  # with its constants
 
-    def __call__(
-        self, device: torch.device, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...]
-    ) -> None:
+    def __call__(self, kind: _Kind, programs: int, arguments: tuple[Any, ...], flag: bool = False) -> None:
         """Launch it.
 
         Args:
-            device: The current one.
+            kind: What for.
             programs: How many.
             arguments: All but the constants.
-            constants: Hashable.
+            flag: As in `_Kind.constants`.
         """
-        key = (device, constants)
-        compiled = self._compiled.get(key)
-        if compiled is not None:
+        found = self._compiled.get((kind, flag))
+        if found is not None:
+            compiled, constants = found
             compiled[programs, 1, 1](*arguments, *constants)
             return
+        constants = kind.constants(self.kernel, flag)
         compiled = self.kernel[(programs,)](*arguments, *constants, **self.options)
         if compiled is not None:  # else it is interpreted
-            self._compiled[key] = compiled
+            self._compiled[kind, flag] = compiled, constants
 
 
 # Two programs share the 65536 registers of an SM: one reads while the other one computes. (Of four warps each
@@ -72,35 +102,20 @@ _reduce, _finish, _dot, _gradient = (
 
 
 @functools.cache
-def _compile(device: torch.device, weight: torch.dtype, compute: torch.dtype, many: int) -> None:
-    """Compile what a training step needs, all at once.
+def _compile(kind: _Kind, *due: tuple[_Launcher, bool]) -> None:
+    """Compile kernels at the same time, and not each where it is first launched.
 
-    One kernel after the other, each where it is first launched, takes twice as long; the pass alone takes as
-    long as all others. Nothing else hangs on it: a launch compiles what it does not find.
+    Nothing else hangs on it: a launch compiles what it does not find.
 
     Args:
-        device: The current one.
-        weight: The dtype of the weights.
-        compute: That of the vectors.
-        many: How many weights, filled up.
+        kind: What for.
+        *due: Which, and their flags.
     """
-    types, vec = _types(weight, compute), 16 // weight.itemsize
-    addresses = (2**40 + 1,) * many  # as those of `_addresses`
-    examples = {"table": torch.int64, "step": 0}
-    examples |= dict.fromkeys(("epsilons", "sigmas", "sums"), torch.float64)
-    examples |= dict.fromkeys(("vectors", "workspace"), compute)
-    examples |= dict.fromkeys(("weights", "xs", "ys", "grads", "outputs"), addresses)
-    due = (
-        (_pass, (True, *types, vec, many)),
-        (_reduce, (*types, many)),
-        (_finish, (True, *types, many)),
-        (_dot, (*types, vec, many)),
-        (_gradient, (*types, vec, many)),
-    )
     with ThreadPoolExecutor(len(due)) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        for launcher, constants in due:
-            arguments = [examples[name] for name in launcher.kernel.arg_names if name in examples]
-            launcher.kernel.warmup(*arguments, *constants, grid=(1,), **launcher.options)
+        for launcher, flag in due:
+            kernel = launcher.kernel
+            arguments = (*kind.examples(kernel), *kind.constants(kernel, flag))
+            kernel.warmup(*arguments, grid=(1,), **launcher.options)
 
 
 def start() -> None:
@@ -193,11 +208,9 @@ def _forward(
         for w, dim, n, order, e in zip(weights, dims, n_power_iterations, orders, eps, strict=True)
     )
     device, dtype = weights[0].device, reference.compute_dtype(weights[0])
-    itemsize = weights[0].element_size()
     us, vs = ([_plain(x, dtype) for x in column] for column in (us, vs))
-    plan = forward_plan(key, itemsize, device, divide)
-    types = _types(weights[0].dtype, dtype)
-    vectors = torch.empty(plan.sides, dtype=dtype, device=device)
+    plan = forward_plan(key, weights[0].element_size(), device, divide)
+    vectors = torch.empty(sum(x.numel() for x in (*us, *vs)), dtype=dtype, device=device)
     sigmas = torch.empty(len(weights), dtype=torch.float64, device=device)
     # Without division nothing is written there, so any address will do.
     outputs = [torch.empty_like(w) for w in weights] if divide else list(weights)
@@ -207,7 +220,8 @@ def _forward(
             workspace = torch.empty(chunk.workspace, dtype=dtype, device=device)
             sums = torch.empty(chunk.sums, dtype=torch.float64, device=device)
             count = chunk.padded
-            _compile(device, weights[0].dtype, dtype, count)
+            kind = _Kind(device, weights[0].dtype, dtype, count)
+            _compile(kind, (_pass, True), (_reduce, False), (_finish, divide))
             pointers = _addresses([read[i] for i in chunk.indices], count)
             pairs = list(zip(chunk.indices, chunk.swapped, strict=True))
             xs = _addresses([(vs if swapped else us)[i] for i, swapped in pairs], count)
@@ -215,13 +229,11 @@ def _forward(
             state = (chunk.table, chunk.epsilons, vectors)
             passes, reduces, finishes = chunk.programs
             for step in range(max(chunk.iterations, 1)):
-                first = (pointers, xs, ys, *state, workspace, sums, step)
-                _pass(device, passes, first, (step == 0, *types, 16 // itemsize, count))
-                _reduce(device, reduces, (pointers, *state, workspace, sums, step), (*types, count))
+                _pass(kind, passes, (pointers, xs, ys, *state, workspace, sums, step), step == 0)
+                _reduce(kind, reduces, (pointers, *state, workspace, sums, step))
             pointers = _addresses([weights[i] for i in chunk.indices], count)
             results = _addresses([outputs[i] for i in chunk.indices], count)
-            last = (pointers, results, *state, sigmas, workspace, sums)
-            _finish(device, finishes, last, (divide, *types, count))
+            _finish(kind, finishes, (pointers, results, *state, sigmas, workspace, sums), divide)
     return vectors, sigmas, outputs
 
 
@@ -256,8 +268,7 @@ def normalize_backward(
         for g, w, dim in zip(grads, weights, dims, strict=True)
     )
     device, dtype = weights[0].device, reference.compute_dtype(weights[0])
-    itemsize = weights[0].element_size()
-    plan = backward_plan(key, itemsize, device)
+    plan = backward_plan(key, weights[0].element_size(), device)
     read = [w.contiguous() if i in plan.copied else w for i, w in enumerate(weights)]
     outputs = [None if g is None else torch.empty_like(w) for g, w in zip(grads, read, strict=True)]
     with _on(device):
@@ -273,13 +284,14 @@ def normalize_backward(
                 sources.append(g)
             sums = torch.empty(chunk.sums, dtype=torch.float64, device=device)
             count = chunk.padded
-            constants = (*_types(weights[0].dtype, dtype), 16 // itemsize, count)
+            kind = _Kind(device, weights[0].dtype, dtype, count)
+            _compile(kind, (_dot, False), (_gradient, False))
             dots, tiles = chunk.programs
             pointers = _addresses(sources, count)
             results = _addresses([out for i in chunk.indices if (out := outputs[i]) is not None], count)
             factors = _addresses([read[i] for i in chunk.indices], count)
-            _dot(device, dots, (factors, pointers, chunk.table, sums), constants)
-            _gradient(device, tiles, (pointers, results, chunk.table, vectors, sigmas, sums), constants)
+            _dot(kind, dots, (factors, pointers, chunk.table, sums))
+            _gradient(kind, tiles, (pointers, results, chunk.table, vectors, sigmas, sums))
     for i, out in enumerate(outputs):
         if i in plan.copied and out is not None:  # computed as if the weight were contiguous
             outputs[i] = torch.empty_like(weights[i]).copy_(out)
@@ -311,9 +323,3 @@ def _dense(weight: Tensor) -> Tensor:
 def _plain(vector: Tensor, dtype: torch.dtype) -> Tensor:
     """A u or v as the kernels read it: a model that was turned to half precision may have it in it."""
     return vector if vector.dtype == dtype and vector.is_contiguous() else vector.to(dtype).contiguous()
-
-
-@functools.cache
-def _types(*dtypes: torch.dtype) -> tuple[Any, ...]:
-    """What Triton calls them."""
-    return tuple(getattr(tl, str(dtype).removeprefix("torch.")) for dtype in dtypes)

@@ -83,7 +83,6 @@ class Plan(NamedTuple):
     """How all weights of a call are served."""
 
     chunks: list[Chunk]
-    sides: int  # all m and n together
     copied: frozenset[int]  # weights (and gradients) to be read from a contiguous copy
     relaid: frozenset[int]  # gradients to be read from a copy with the strides of the weight
 
@@ -137,7 +136,7 @@ def forward_plan(weights: tuple[Weight, ...], itemsize: int, device: torch.devic
                 {PASS_START: blocks, REDUCE_START: tiles, FINISH_START: finish},
             )
         chunks.append(table.chunk(indices, device))
-    return Plan(chunks, sum(map(sum, (weight.sides for weight in weights))), copied, frozenset())
+    return Plan(chunks, copied, frozenset())
 
 
 @functools.cache
@@ -189,7 +188,7 @@ def backward_plan(weights: tuple[Weight, ...], itemsize: int, device: torch.devi
                 {DOT_START: dots, GRADIENT_START: _ceil(tiles, gradient_tiles)},
             )
         chunks.append(table.chunk(indices, device))
-    return Plan(chunks, sum(map(sum, (weight.sides for weight in weights))), copied, relaid)
+    return Plan(chunks, copied, relaid)
 
 
 class _Table:
