@@ -1,6 +1,7 @@
 """The demo runs from end to end, here with a few steps in place of thousands."""
 
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ DEMO = Path(__file__).parent.parent / "demo" / "run.py"
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_demo_leaves_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [str(DEMO), "--steps", "20", "--out", str(tmp_path)])
+    # Inductor is for test_compile.py; here it would take most of the time.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(DEMO), run_name="__main__")
     torch._dynamo.reset()
