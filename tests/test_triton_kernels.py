@@ -700,19 +700,37 @@ LAUNCH = """
         ),
     ))
 
+    fails = None
+
     def compile(source, *, _compile=triton.compiler.compile, **options):
+        if fails is not None:
+            raise fails
         compiled.append((source.fn.__name__, threading.get_ident()))
         built = _compile(source, **options)
         assert built.asm["cubin"]
         return built
 
     triton.compiler.compile = compile
-    from specnorm_fx.triton_kernels import normalize, normalize_backward
+    from specnorm_fx.triton_kernels import launching, normalize, normalize_backward
 
     ws = [torch.randn(4, 6), torch.randn(8, 3, 3, 3)]
     us, vs = [torch.randn(4), torch.randn(8)], [torch.randn(6), torch.randn(27)]
+    arguments = (ws, us, vs, [2] * 2, [1e-12] * 2, [0] * 2, ["uv"] * 2)
+
+    # A full disk, and Ctrl-C, leave nothing behind.
+    for fails in (OSError("no space left"), KeyboardInterrupt()):
+        launching._compile.cache_clear()
+        try:
+            normalize(*arguments)
+        except (OSError, KeyboardInterrupt) as error:
+            assert error is fails
+        else:
+            raise AssertionError("it did not fail")
+    assert triton.runtime._async_compile.active_mode.get() is None
+    fails = None
+
     for _ in range(2):
-        vectors, sigmas, results = normalize(ws, us, vs, [2] * 2, [1e-12] * 2, [0] * 2, ["uv"] * 2)
+        vectors, sigmas, results = normalize(*arguments)
         # Of the second alone: its vectors begin where 16 does not divide.
         (dw,) = normalize_backward(results[1:], results[1:], vectors[10:], sigmas[1:], [1e-12], [0], [True])
 
@@ -735,7 +753,7 @@ LAUNCH = """
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="every other test compiles and launches")
 def test_compiles_and_launches_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
-    """Each kernel once, those of a direction at the same time; then past Triton's lookup."""
+    """Each kernel once, whatever failed before, those of a direction at once; then past Triton's lookup."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     subprocess.run([sys.executable, "-c", textwrap.dedent(LAUNCH)], check=True, timeout=300)

@@ -6,6 +6,7 @@ a recording.
 """
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,8 @@ class _Launcher:
             return
         constants = kind.constants(self.kernel, flag)
         compiled = self.kernel[(programs,)](*arguments, *constants, **self.options)
+        if isinstance(compiled, triton.FutureKernel):  # another thread has it compiled right now (Triton 3.7)
+            compiled = compiled.result()
         if compiled is not None:  # else it is interpreted
             self._compiled[kind, flag] = compiled, constants
 
@@ -111,11 +114,24 @@ def _compile(kind: _Kind, *due: tuple[_Launcher, bool]) -> None:
         kind: What for.
         *due: Which, and their flags.
     """
-    with ThreadPoolExecutor(len(due)) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        for launcher, flag in due:
-            kernel = launcher.kernel
-            arguments = (*kind.examples(kernel), *kind.constants(kernel, flag))
-            kernel.warmup(*arguments, grid=(1,), **launcher.options)
+    # In a context of its own, where nobody has such a mode on, and which takes the mode with it if it does
+    # not come to its end (Ctrl-C): every later compile, of the user's kernels as well, would find it.
+    contextvars.Context().run(_compile_together, kind, due)
+
+
+def _compile_together(kind: _Kind, due: tuple[tuple[_Launcher, bool], ...]) -> None:
+    futures: list[Any] = []
+    try:
+        with ThreadPoolExecutor(len(due)) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            for launcher, flag in due:
+                kernel = launcher.kernel
+                arguments = (*kind.examples(kernel), *kind.constants(kernel, flag))
+                futures.append(kernel.warmup(*arguments, grid=(1,), **launcher.options))
+    finally:
+        for (launcher, _), future in zip(due, futures, strict=False):
+            # Triton 3.7 keeps a future that has failed, and would raise its error at every launch.
+            if isinstance(future, triton.FutureKernel) and future.future.exception() is not None:
+                launcher.kernel.device_caches.clear()
 
 
 def start() -> None:
