@@ -14,6 +14,7 @@ import traceback
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,12 @@ from specnorm_fx.exported import layer_of, tidy_
 from specnorm_fx.graph_module import attribute, owner_of, parameter_names, spectral_norm_node
 
 __all__ = [
+    "CONVOLUTIONS",
+    "DEFAULT_KINDS",
     "KINDS",
+    "TRANSPOSED",
     "Weight",
+    "computed_weights",
     "export_trace",
     "find_weights",
     "inline",
@@ -38,8 +43,9 @@ __all__ = [
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
-# The layers whose ``weight`` can be normalised.
-KINDS = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
+# The layers whose ``weight`` is normalised when nothing is selected, and those whose can be.
+DEFAULT_KINDS = (nn.Linear, *CONVOLUTIONS)
+KINDS = (*DEFAULT_KINDS, nn.Embedding)
 
 _ATEN = torch.ops.aten
 
@@ -133,16 +139,39 @@ def share(model: nn.Module) -> nn.Module:
         ) from error
 
 
+def _modes() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+def _refuse_autocast(_: Any) -> None:
+    raise TraceError("a graph does not keep what is inside torch.autocast")
+
+
 class Tracer(fx.Tracer):
     """fx.Tracer that also records reads of buffers, instead of baking in what they hold today."""
 
     proxy_buffer_attributes = True
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """As fx does. What a region without gradients, or of another precision, does is an error."""
+        self._modes = _modes()
+        with patch.object(torch.autocast, "__enter__", _refuse_autocast):
+            return super().trace(root, concrete_args)
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        """As fx does, for an operation outside of such regions."""
+        if _modes() != self._modes:
+            raise TraceError("a graph does not keep what is inside torch.no_grad, enable_grad or the like")
+        return super().create_proxy(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """torch.nn layers, as in fx; a user's module stays transparent when it is parametrised."""
         if nn.utils.parametrize.is_parametrized(m):
             return nn.utils.parametrize.type_before_parametrizations(m).__module__.startswith("torch.nn")
         return super().is_leaf_module(m, module_qualified_name)
+
+
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def symbolic_trace(model: nn.Module) -> fx.Graph:
@@ -231,6 +260,8 @@ def export_trace(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = No
     program = torch.export.export(share(model), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     exported = program.module()
     tidy_(exported.graph, exported)
+    for hooks in (model._forward_hooks, model._forward_pre_hooks):
+        hooks.clear()  # they are in the graph
     reads = (exported.graph.find_nodes(op=op) for op in ("get_attr", "call_module"))
     for node in itertools.chain.from_iterable(reads):
         owner, name = owner_of(model, node.target)
@@ -344,6 +375,22 @@ def _stored(model: nn.Module, item: Any) -> Any:
     return call.args[0][item.args[1]] if call is not None and item.args[0] is call else None
 
 
+def computed_weights(model: nn.Module) -> dict[str, str]:
+    """The weights of layers that are no parameters, by FQN, with why they are not normalised.
+
+    Args:
+        model: The module tree.
+    """
+    return {
+        f"{fqn}.weight"
+        if fqn
+        else "weight": "computed from other parameters (a parametrization, weight_norm)"
+        for fqn, layer in model.named_modules()
+        if isinstance(layer, DEFAULT_KINDS) and layer._parameters.get("weight") is None
+        if isinstance(getattr(layer, "weight", None), Tensor)
+    }
+
+
 def obstacle(weight: Weight, model: nn.Module, graph: fx.Graph) -> str:
     """Why a weight cannot be reached in the graph.
 
@@ -398,15 +445,21 @@ def inline(node: fx.Node, model: nn.Module) -> None:
         model: The module tree of its graph.
 
     Raises:
-        ValueError: The layer has forward hooks, which no graph can keep.
+        ValueError: The layer has hooks on its calls, or a parametrization, which no graph can keep.
         TraceError: Its forward depends on the values or sizes it is given (``output_size``).
     """
     graph, fqn = node.graph, str(node.target)
     layer = model.get_submodule(fqn)
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    leave_out = f"leave it out with select={{{fqn!r}: None, ...}}"
+    if any(vars(layer)[name] for name in _CALL_HOOKS):
         raise ValueError(
-            f"{fqn!r} ({type(layer).__name__}) has forward hooks, which would not fire in the graph. "
-            f"Remove them, or leave it out with select={{{fqn!r}: None, ...}}."
+            f"{fqn!r} ({type(layer).__name__}) has hooks, which would not fire in the graph. "
+            f"Remove them, or {leave_out}."
+        )
+    if nn.utils.parametrize.is_parametrized(layer):
+        raise ValueError(
+            f"{fqn!r} ({type(layer).__name__}) has a parametrization, which a symbolic trace does not "
+            f"follow. Give transform example_inputs, or {leave_out}."
         )
     tracer = GraphAppendingTracer(graph)
     stand_in = copy.copy(layer)
@@ -426,7 +479,7 @@ def inline(node: fx.Node, model: nn.Module) -> None:
             raise TraceError(
                 f"The call of {fqn!r} ({type(layer).__name__}) cannot be followed: {error}. "
                 f"A call with output_size depends on the input's size: give the layer an output_padding "
-                f"instead, or leave it out with select={{{fqn!r}: None, ...}}."
+                f"instead, or {leave_out}."
             ) from error
     for new in graph.nodes:
         if new not in known:

@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -55,8 +56,10 @@ class SpectralNormConfig:
         n = self.n_power_iterations
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(f"n_power_iterations must be an integer of at least 1, got {n!r}.")
-        if not self.eps > 0 or not math.isfinite(self.eps):
+        is_real = isinstance(self.eps, numbers.Real) and not isinstance(self.eps, bool)
+        if not is_real or not 0 < self.eps < math.inf:
             raise ValueError(f"eps must be a finite number above 0, got {self.eps!r}. torch uses 1e-12.")
+        object.__setattr__(self, "eps", float(self.eps))  # not NumPy's, which writes itself otherwise
         if self.dim is not None and (not isinstance(self.dim, int) or isinstance(self.dim, bool)):
             raise ValueError(f"dim must be an integer or None, got {self.dim!r}.")
         if self.update not in UPDATES:

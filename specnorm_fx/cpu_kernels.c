@@ -127,7 +127,7 @@ VECTORISED static void NAME(pass_by_rows)(const site *s, const REAL *weight, int
     if (z) memset(z, 0, columns_of(s) * sizeof(REAL));
     int64_t r = first;
     for (; r + 4 <= last; r += 4) {  /* four rows share each load of x and z */
-        REAL y0 = 0, y1 = 0, y2 = 0, y3 = 0;
+        double t0 = 0, t1 = 0, t2 = 0, t3 = 0;  /* there may be thousands of groups of a few elements */
         for (int64_t g = 0; g < s->groups; g++) {
             const REAL *w0 = weight + r * stride + g * s->group_stride;
             const REAL *w1 = w0 + stride, *w2 = w1 + stride, *w3 = w2 + stride, *xg = x + g * width;
@@ -141,9 +141,10 @@ VECTORISED static void NAME(pass_by_rows)(const site *s, const REAL *weight, int
                     sum2 += w2[b] * xg[b];
                     sum3 += w3[b] * xg[b];
                 }
-                y0 += sum0, y1 += sum1, y2 += sum2, y3 += sum3;
+                t0 += sum0, t1 += sum1, t2 += sum2, t3 += sum3;
             }
         }
+        const REAL y0 = (REAL)t0, y1 = (REAL)t1, y2 = (REAL)t2, y3 = (REAL)t3;
         y[r] = y0, y[r + 1] = y1, y[r + 2] = y2, y[r + 3] = y3;
         for (int64_t g = 0; z && g < s->groups; g++) {
             const REAL *w0 = weight + r * stride + g * s->group_stride;
@@ -154,7 +155,7 @@ VECTORISED static void NAME(pass_by_rows)(const site *s, const REAL *weight, int
         }
     }
     for (; r < last; r++) {
-        REAL y0 = 0;
+        double t0 = 0;
         for (int64_t g = 0; g < s->groups; g++) {
             const REAL *w0 = weight + r * stride + g * s->group_stride, *xg = x + g * width;
             for (int64_t from = 0; from < width; from += ONE_SUM) {
@@ -162,9 +163,10 @@ VECTORISED static void NAME(pass_by_rows)(const site *s, const REAL *weight, int
                 REAL sum = 0;
 #pragma omp simd reduction(+ : sum)
                 for (int64_t b = from; b < to; b++) sum += w0[b] * xg[b];
-                y0 += sum;
+                t0 += sum;
             }
         }
+        const REAL y0 = (REAL)t0;
         y[r] = y0;
         for (int64_t g = 0; z && g < s->groups; g++) {
             const REAL *w0 = weight + r * stride + g * s->group_stride;

@@ -78,13 +78,16 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """
     model = getattr(model, "_orig_mod", model)
     weights = find_torch_sn(model)
-    fqns = {id(sn.parameter): fqn for fqn, sn in weights.items()}
+    fqns: dict[int, list[str]] = {}  # more than one for a tied weight
+    for fqn, sn in weights.items():
+        fqns.setdefault(id(sn.parameter), []).append(fqn)
     graphs: list[GraphExplanation] = []
 
     def name_of(node: fx.Node) -> str:
         # By identity: where Dynamo captures the forward of a part, the source is relative to that part.
         example = getattr(node.meta.get("grapharg"), "example", None)
-        return fqns.get(id(example)) or fqn_in_source(node)
+        known, in_source = fqns.get(id(example), []), fqn_in_source(node)
+        return in_source if in_source in known or not known else known[0]
 
     def record(gm: fx.GraphModule, example_inputs: Any) -> Any:
         fused, passed = fuse_(gm, name_of=name_of)
@@ -93,12 +96,19 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 
     counted: Counter[str] = torch._dynamo.utils.counters["graph_break"]
     before = counted.copy()
+    modules = list(model.modules())
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    registered = [dict(module._buffers) for module in modules]
+    compiled = [module._compiled_call_impl for module in modules]
     torch._dynamo.reset()
     try:
+        for module in modules:
+            module._compiled_call_impl = None
         with torch.random.fork_rng():
             torch.compile(model, backend=record)(*args, **kwargs)
     finally:
+        for module, held, call in zip(modules, registered, compiled, strict=True):
+            module._buffers, module._compiled_call_impl = held, call
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
@@ -106,6 +116,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 
     fused_fqns = {use.fqn for graph in graphs for use in graph.fused}
     seen = fused_fqns | {entry.fqn for graph in graphs for entry in graph.passed}
+    seen |= {name for names in fqns.values() if seen & set(names) for name in names}
     missing = [fqn for fqn in weights if fqn not in seen]
     reason = "not used by this call, or in code that Dynamo leaves to Python"
     # Dynamo's reasons go on with hints and links.

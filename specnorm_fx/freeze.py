@@ -9,7 +9,13 @@ from torch import fx, nn
 
 from specnorm_fx import sharded
 from specnorm_fx.adopt import find_torch_sn
-from specnorm_fx.graph_module import SpectralNormGraphModule, owner_of, resolve, spectral_norm_node
+from specnorm_fx.graph_module import (
+    SpectralNormGraphModule,
+    is_parameter,
+    owner_of,
+    resolve,
+    spectral_norm_node,
+)
 from specnorm_fx.passes import unroute_
 
 __all__ = ["freeze", "frozen_state_dict"]
@@ -49,6 +55,12 @@ def freeze(model: nn.Module) -> fx.GraphModule:
             f"{', '.join(left)} still carries torch's spectral norm, as it was left out of select. Select "
             f"it, or take it off before transform (remove_parametrizations, remove_spectral_norm)."
         )
+    for site in gm.sites():
+        if not is_parameter(gm, site.fqn):
+            raise RuntimeError(
+                f"{site.fqn} is no parameter any more but computed from others, which W / sigma cannot take "
+                f"the place of. Make it one first: torch.nn.utils.parametrize.remove_parametrizations, say."
+            )
     frozen = _whole_copy(gm)
     sites = frozen.sites()
     columns = ([getattr(site, name) for site in sites] for name in ("weight", "u", "v"))
@@ -90,13 +102,7 @@ def _whole_copy(gm: SpectralNormGraphModule) -> SpectralNormGraphModule:
     root.__dict__.update(body)
     name = next(c.__name__ for c in type(gm).__mro__ if not _is_of_torch_distributed(c))
     whole_copy = SpectralNormGraphModule(root, body["_graph"], name)
-    for kept_too in (
-        "_state_dict_hooks",
-        "_load_state_dict_pre_hooks",
-        "_load_state_dict_post_hooks",
-        "meta",
-    ):
-        vars(whole_copy)[kept_too] = body[kept_too]  # as in GraphModule's own deepcopy
+    whole_copy.meta = body["meta"]  # as in GraphModule's own deepcopy
     for module in whole_copy.modules():
         for flag in ("_is_fsdp_managed_module", "_fsdp_use_orig_params"):  # for Dynamo
             vars(module).pop(flag, None)

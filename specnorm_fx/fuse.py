@@ -307,6 +307,8 @@ def _weight_of(weight_mat: fx.Node) -> tuple[fx.Node, int, list[fx.Node]]:
         views.append(node)
         node = node.args[0]
     shape = _value(node).shape
+    if shape.numel() == 0:
+        raise _NoMatchError("the weight is empty")
     m = shape[dim]
     if len(shape) < 2 or _value(weight_mat).shape != (m, shape.numel() // m):
         raise _NoMatchError("the matrix in torch.mv is not the weight with one dimension to the front")
@@ -371,6 +373,8 @@ class _Others:
         self.barriers: list[fx.Node] = []
         self.readers: dict[int, fx.Node] = {}
         self.writers: dict[int, fx.Node] = {}
+        self.results = set(graph.output_node().all_input_nodes)
+        self.returned: dict[Any, _Match] = {}
         for node in graph.nodes:
             if node in self.replaced or node.op in ("placeholder", "get_attr", "output"):
                 continue
@@ -391,6 +395,14 @@ class _Others:
                 return f"{name} is changed in place by {self.writers[storage].name}"
             if match.updates and name != "the weight" and storage in self.readers:
                 return f"{name} is read by {self.readers[storage].name} as well"
+        if match.quotient is not None and (storage := _storage(match.quotient)) in self.writers:
+            return f"W / sigma is changed in place by {self.writers[storage].name}"
+        if match.quotient in self.results and not match.updates:
+            # AOTAutograd makes one call of two equal ones; their results, of which one may carry no gradient,
+            # would be one tensor.
+            key = (match.weight, match.u, match.v, match.dim)
+            if self.returned.setdefault(key, match) is not match:
+                return "the graph has it among its results more than once"
         shared = {match.quotient, *match.updates, *match.views}
         if match.quotient is None:
             shared |= {match.u_used, match.v_used}
@@ -512,7 +524,7 @@ def _parts(graph: fx.Graph, call: fx.Node, matches: list[_Match]) -> list[fx.Nod
     """All u, then all v, out of the first result of an operator; nothing where they stay as they are."""
     if not any(match.updates for match in matches):
         return []
-    sizes = [_value(x).shape[0] for match in matches for x in (match.u, match.v)]
+    sizes = [int(_value(x).shape[0]) for match in matches for x in (match.u, match.v)]
     vectors = graph.call_function(operator.getitem, (call, 0))
     parts = _items(graph, graph.call_function(torch.split, (vectors, sizes)), len(sizes))
     return parts[::2] + parts[1::2]

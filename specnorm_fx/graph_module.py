@@ -1,6 +1,7 @@
 """SpectralNormGraphModule: what `transform` returns, a GraphModule that keeps the model's whole state."""
 
 import pickle
+import weakref
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = [
     "Site",
     "SpectralNormGraphModule",
     "attribute",
+    "is_parameter",
     "owner_of",
     "parameter_names",
     "resolve",
@@ -25,6 +27,12 @@ __all__ = [
     "spectral_norm_node",
     "transformed",
 ]
+
+# The attributes under which wrappers have the model: DDP and AveragedModel, torch.compile.
+_WRAPPED = {"module", "_orig_mod"}
+
+# Where a module keeps its hooks.
+_HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class SpectralNormGraphModule(fx.GraphModule):
        in the graph or not, of the types they were: ``state_dict`` has the same keys plus u and v, and
        ``apply(init_weights)`` still finds the layers. Only the graph runs: calling such a layer by
        hand uses its stored weight, and its forward hooks do not fire;
-    2. all of that, and the class itself, survives ``deepcopy`` and ``pickle``;
+    2. all of that, hooks on the model, and the class itself, survives ``copy``, ``deepcopy`` and ``pickle``;
     3. ``load_state_dict`` reads every layout of `specnorm_fx.convert_state_dict`; where u and v are
        not in the checkpoint they converge to the loaded weight;
     4. u and v stay in fp32 where ``half()``, ``bfloat16()`` or ``to(dtype)`` of the model, or of a parent,
@@ -88,7 +96,15 @@ class SpectralNormGraphModule(fx.GraphModule):
         self._buffers = dict(root._buffers) | {name: self._buffers[name] for name in constants}
         self._non_persistent_buffers_set = set(root._non_persistent_buffers_set) | constants
         for name, value in vars(root).items():
+            if name in _HOOKS:
+                self.__dict__[name] = value
             self.__dict__.setdefault(name, value)
+        hook: Any
+        for hook in self._load_state_dict_pre_hooks.values():
+            if getattr(hook, "with_module", False):
+                hook.module = weakref.ref(self)
+        self._names: dict[str, tuple[str, ...]] = vars(root).get("_names", {})
+        self._note_names()
 
     def train(self, mode: bool = True) -> "SpectralNormGraphModule":
         """As in ``nn.Module``, for layers that the graph calls as modules, and for spectral norm.
@@ -118,7 +134,16 @@ class SpectralNormGraphModule(fx.GraphModule):
         # Written down, because Dynamo does not look into a graph, and update_ is to be compiled.
         node = spectral_norm_node(self)
         self._call = None if node is None else (node.target, [[n.target for n in arg] for arg in node.args])
+        self._note_names()
         return code
+
+    def _note_names(self) -> None:
+        """Write down the names of tied weights. What unties them (``assign=True``) leaves the graph alone."""
+        known, current = vars(self).get("_names", {}), parameter_names(self)
+        weights = [] if self._call is None else self._call[1][0]
+        self._names = known | {
+            fqn: (*known.get(fqn, ()), *current.get(id(attribute(self, fqn)), ())) for fqn in weights
+        }
 
     def call(self) -> tuple[SpectralNorm, list[Tensor], list[Tensor], list[Tensor]] | None:
         """What the graph calls, and with what.
@@ -154,29 +179,55 @@ class SpectralNormGraphModule(fx.GraphModule):
         if call is None or self._call is None:
             return []
         spectral_norm, *columns = call
-        names = parameter_names(self)
+        current = parameter_names(self)
+        there = {name for names in current.values() for name in names}
         fqns = self._call[1][0]
+
+        def names(fqn: str, weight: Tensor) -> tuple[str, ...]:
+            noted = (name for name in self._names[fqn] if name in there)
+            return tuple(dict.fromkeys([fqn, *noted, *current.get(id(weight), ())]))
+
         return [
-            Site(fqn, names[id(weight)], config, weight, sharded.local(u), sharded.local(v))
+            Site(fqn, names(fqn, weight), config, weight, sharded.local(u), sharded.local(v))
             for fqn, config, weight, u, v in zip(fqns, spectral_norm.configs, *columns, strict=True)
         ]
 
-    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Any, *args: Any
+    ) -> None:
         # At the root, before the children load: each of them sees only its own keys.
+        assigns = local_metadata.get("assign_to_params_buffers", False)
         for site in self.sites():
-            for name in site.names[1:]:
-                checkpoint.adapt_(state_dict, prefix + name)
-                for key in (f"{prefix}{name}_u", f"{prefix}{name}_v"):
-                    state_dict.pop(key, None)  # u and v stand beside the first name only
-            stale = checkpoint.adapt_(state_dict, prefix + site.fqn)
-            if stale is not None:
-                u, v = _converged(site, *stale)
-                state_dict[f"{prefix}{site.fqn}_u"] = u
-                state_dict[f"{prefix}{site.fqn}_v"] = v
+            # One that is computed from other parameters, as a parametrization does, has keys of its own.
+            if is_parameter(self, site.fqn):
+                self._adapt_(state_dict, prefix, site, assigns)
         for key in (prefix + fqn for fqn in self._vector_fqns()):
-            if key in state_dict:  # in half precision it would stay so, loaded with assign=True
-                state_dict[key] = state_dict[key].to(reference.compute_dtype(state_dict[key]))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            if isinstance(x := state_dict.get(key), Tensor):  # in half precision it would stay so, assigned
+                state_dict[key] = x.to(reference.compute_dtype(x))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _adapt_(self, state_dict: MutableMapping[str, Any], prefix: str, site: Site, assigns: bool) -> None:
+        """From any layout, a weight and its u and v under the names that they have here."""
+        names = [prefix + name for name in site.names]
+        stale = {name: checkpoint.adapt_(state_dict, name) for name in names}
+        given = names[0]
+        if not assigns:  # writers that keep one name of a shared tensor may have kept another one
+            given = next((name for name in names if name in state_dict), given)
+        # u and v stand beside the first name; and the others of its layer, if that has several.
+        owner, _ = owner_of(self, site.fqn)
+        own = [prefix + name for name in site.names if owner_of(self, name)[0] is owner]
+        source = next((name for name in (given, *own) if f"{name}_v" in state_dict), given)
+        pair = [state_dict.get(source + suffix) for suffix in ("_u", "_v")]
+        if pair[1] is None and (found := stale[given]) is not None:
+            pair = list(_converged(site, *found))
+        for suffix, vector in zip(("_u", "_v"), pair, strict=True):
+            for name in names:
+                state_dict.pop(name + suffix, None)
+            if vector is not None:
+                state_dict.update(dict.fromkeys((name + suffix for name in own), vector))
+
+    def __copy__(self) -> "SpectralNormGraphModule":
+        return SpectralNormGraphModule(self, self.graph, type(self).__name__)
 
     def _deepcopy_init(self) -> Any:
         name = type(self).__name__
@@ -201,13 +252,17 @@ def _rebuild(body: dict[str, Any], imports: str, class_name: str) -> SpectralNor
     return SpectralNormGraphModule(root, graph, class_name)
 
 
-def _converged(site: Site, loaded: Tensor, loaded_u: Tensor | None) -> tuple[Tensor, Tensor]:
-    if loaded.shape != site.weight.shape:
+def _converged(site: Site, loaded: Any, loaded_u: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(loaded, Tensor) or loaded.shape != site.weight.shape:
         return site.u, site.v  # PyTorch reports the weight
-    weight = loaded.detach().to(device=site.weight.device, dtype=site.weight.dtype)
+    like = loaded if site.weight.is_meta else site.weight  # the weight is to be assigned
+    weight = loaded.detach().to(device=like.device, dtype=like.dtype)
     weight_mat = sharded.matrix(weight, site.config.dim or 0)
-    (u, v), order = reference.random_start(*site.vectors()), site.config.order
-    if loaded_u is not None and loaded_u.shape == u.shape:
+    dtype, device = reference.compute_dtype(weight), weight.device
+    start = (torch.empty_like(x, dtype=dtype, device=device) for x in (site.u, site.v))
+    u, v = reference.random_start(*start)
+    order = site.config.order
+    if isinstance(loaded_u, Tensor) and loaded_u.shape == u.shape:
         u, order = loaded_u.to(u), "vu"  # the other order would start from v
     return reference.converge(weight_mat, u, v, site.config.eps, order)
 
@@ -248,6 +303,17 @@ def owner_of(module: nn.Module, fqn: str) -> tuple[nn.Module, str]:
     return module.get_submodule(owner), name
 
 
+def is_parameter(module: nn.Module, fqn: str) -> bool:
+    """Whether an attribute is a parameter, and not computed from others, as by a parametrization.
+
+    Args:
+        module: The module tree.
+        fqn: The attribute.
+    """
+    owner, name = owner_of(module, fqn)
+    return name in owner._parameters
+
+
 def parameter_names(module: nn.Module) -> dict[int, tuple[str, ...]]:
     """All FQNs of every parameter, by its ``id``; more than one for a tied parameter.
 
@@ -276,8 +342,13 @@ def transformed(model: nn.Module) -> dict[str, SpectralNormGraphModule]:
     Raises:
         TypeError: There is none.
     """
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    found = {name: module for name, module in modules if isinstance(module, SpectralNormGraphModule)}
+    modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    for module in modules.values():
+        if hasattr(module, "set_requires_gradient_sync"):  # FSDP2's
+            # After a forward without backward the outermost one holds its weights whole, in the dtype of
+            # mixed precision. State dicts are of the shards, too.
+            module.reshard()
+    found = {name: module for name, module in modules.items() if isinstance(module, SpectralNormGraphModule)}
     if not found:
         raise TypeError(
             f"{type(model).__name__} holds no transformed model. specnorm_fx.transform(model) makes one."
@@ -287,21 +358,24 @@ def transformed(model: nn.Module) -> dict[str, SpectralNormGraphModule]:
 
 
 def resolve(model: nn.Module) -> SpectralNormGraphModule:
-    """The one transformed model in a model.
+    """The transformed model that a model is, but for what is wrapped around it.
 
     Args:
-        model: As in `transformed`.
+        model: A transformed model, also inside ``torch.compile``, DDP or AveragedModel.
 
     Raises:
-        TypeError: There is none, or more than one.
+        TypeError: There is none; or it is a part of ``model``.
     """
-    found = transformed(model)
-    if len(found) > 1:
-        raise TypeError(
-            f"{type(model).__name__} holds {len(found)} transformed models, and this function works on one: "
-            f"{', '.join(repr(prefix[:-1]) for prefix in found)}. Give it one after the other."
-        )
-    return next(iter(found.values()))
+    transformed(model)
+    parts = [name for name, module in model.named_modules() if isinstance(module, SpectralNormGraphModule)]
+    if len(parts) == 1 and set(filter(None, parts[0].split("."))) <= _WRAPPED:
+        found: SpectralNormGraphModule = model.get_submodule(parts[0])  # type: ignore[assignment]
+        return found
+    raise TypeError(
+        f"{type(model).__name__} is not transformed as a whole: {', '.join(map(repr, parts))} "
+        f"{'is' if len(parts) == 1 else 'are'}. This function works on one transformed model: give it the "
+        f"part{'' if len(parts) == 1 else 's, one after the other'}."
+    )
 
 
 def sites_of(model: nn.Module) -> dict[str, Site]:

@@ -50,12 +50,18 @@ class SpectralNorm(nn.Module):
 
         Raises:
             TraceError: It is being traced by ``torch.fx``, which would fix the mode it is in.
+            RuntimeError: Likewise by ``torch.jit.trace``.
         """
         if isinstance(weights[0], fx.Proxy):
             raise TraceError(
                 "SpectralNorm follows train() and eval(), which a symbolic trace would fix. A transformed "
                 "model is a GraphModule already; to trace it again, use a Tracer whose is_leaf_module is "
                 "true for specnorm_fx.module.SpectralNorm."
+            )
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                "torch.jit.trace would fix whether spectral norm iterates, and does not know its operators. "
+                "Trace the frozen model, specnorm_fx.freeze(model.eval())."
             )
         iterates = [self.training and config.update == "forward" for config in self.configs]
         normalized: list[Any] = [None] * len(weights)
@@ -175,7 +181,8 @@ def _normalize_by_reference(
 def _normalize_sharded(
     weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *options: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    _, eps, dims, _ = options
+    n, eps, dims, _ = options
+    ops.refuse_recompute(n, True)
     new_us, new_vs = _iterate_sharded([weight.detach() for weight in weights], us, vs, *options)
     sites = zip(weights, new_us, new_vs, eps, dims, strict=True)
     return new_us, new_vs, [sharded.normalized(*site) for site in sites]

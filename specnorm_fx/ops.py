@@ -32,7 +32,15 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from specnorm_fx import cpu_kernels, reference
 
-__all__ = ["call", "groups", "normalize", "power_iteration", "singular_vectors", "split"]
+__all__ = [
+    "call",
+    "groups",
+    "normalize",
+    "power_iteration",
+    "refuse_recompute",
+    "singular_vectors",
+    "split",
+]
 
 # The overload that the operators are. Compiled code is cached on disk by the names in its graph: whoever
 # changes what an operator takes, gives or saves for backward must change this, or users get the old
@@ -136,7 +144,7 @@ def _normalize(
     orders: list[str],
     once: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    _refuse_recompute(n, once)
+    refuse_recompute(n, once)
     device = weights[0].device
     with reference.autocast_off(device.type):
         kernels = _kernels(weights)
@@ -205,16 +213,23 @@ def _singular_vectors(
     orders: list[str],
     once: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    _refuse_recompute(n, once)
+    refuse_recompute(n, once)
     columns = (weights, us, vs, n, eps, dims, orders)
     pairs = [reference.singular_vectors(*site) for site in zip(*columns, strict=True)]
     return [u for u, _ in pairs], [v for _, v in pairs]
 
 
-def _refuse_recompute(n: list[int], once: bool) -> None:
+def refuse_recompute(n: list[int], once: bool) -> None:
     """With ``once``, raise where a power iteration is due in the middle of a backward pass.
 
-    Here and not in the module, of which ``torch.compile`` leaves nothing but the operators.
+    The operators do so and not the module, of which ``torch.compile`` leaves nothing but them.
+
+    Args:
+        n: Power iterations of each weight.
+        once: Whether there is a gradient that they would spoil.
+
+    Raises:
+        RuntimeError: It is so.
     """
     if once and torch._C._current_graph_task_id() != -1 and any(count > 0 for count in n):
         raise RuntimeError(
@@ -380,9 +395,11 @@ def _together(weights: Sequence[Tensor]) -> list[range]:
 
 
 def _transformed(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether ``torch.func`` or ``is_grads_batched`` (which has a vmap of its own) is at work."""
-    return torch._C._are_functorch_transforms_active() or any(
-        x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors
+    """Whether ``torch.func``, forward mode or ``is_grads_batched`` (it has a vmap of its own) is at work."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
     )
 
 
@@ -397,8 +414,8 @@ def _differentiable_normalize(
     once: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     if _transformed(weights):
-        _refuse_recompute(n, once)
-        # By operations that torch.func can transform as often as it likes.
+        refuse_recompute(n, once)
+        # By operations that can be transformed as often as one likes.
         stored = [weight.detach() for weight in weights]
         vectors, sigmas = power_iteration(stored, us, vs, n, eps, dims, orders)
         columns = (weights, *split(vectors, weights, dims), eps, dims)
@@ -456,7 +473,7 @@ def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: Any, *argument
 # (weights, us, vs, n_power_iterations, eps, dims, orders) -> (vectors, sigmas, normalized). `vectors` is one
 # fresh tensor of the compute dtype with the new u and v of each weight in turn; `sigmas` are u^T W v of
 # these, [L] in float64; `normalized` are W / sigma, or W where |sigma| <= eps. Only they carry gradient,
-# to the weights. With once=True a power iteration within a backward pass is an error: `_refuse_recompute`.
+# to the weights. With once=True a power iteration within a backward pass is an error: `refuse_recompute`.
 # Dynamo keeps it as one call; below, it is the two that follow.
 normalize = _define(
     "normalize",

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from specnorm_fx import capture, reference, sharded
 from specnorm_fx.adopt import TorchSN, find_exported_sn, find_torch_sn, read_stripped_
-from specnorm_fx.capture import CONVOLUTIONS, TRANSPOSED, Weight
+from specnorm_fx.capture import DEFAULT_KINDS, TRANSPOSED, Weight
 from specnorm_fx.config import Select, Selectable, Selection, SpectralNormConfig
 from specnorm_fx.exported import fixed_layers, tidy_
 from specnorm_fx.graph_module import SpectralNormGraphModule, attribute, owner_of, spectral_norm_node
@@ -25,9 +25,6 @@ from specnorm_fx.module import SpectralNorm
 __all__ = ["SpectralNormPass", "transform"]
 
 logger = logging.getLogger(__name__)
-
-# What is normalised when nothing is selected.
-DEFAULT_KINDS = (nn.Linear, *CONVOLUTIONS)
 
 
 def transform(
@@ -235,16 +232,17 @@ class SpectralNormPass(PassBase):
             wanted = [(w, self.default) for w in weights if issubclass(w.kind, DEFAULT_KINDS)]
 
         hidden = {w.fqn: capture.obstacle(w, root, graph) for w, _ in wanted if not w.nodes}
+        computed = capture.computed_weights(root) if self.selection is None and not (done or adopted) else {}
         _refuse_hidden(adopted, weights, hidden)
         if self.selection is not None:
             self.selection.require_reached(weights, hidden)
         if not done and len(hidden) == len(wanted):
-            skipped = "".join(f"\n    {fqn}: {why}" for fqn, why in hidden.items())
+            skipped = "".join(f"\n    {fqn}: {why}" for fqn, why in (hidden | computed).items())
             raise ValueError(
                 f"{type(root).__name__} has no weight to normalise. By default these are the weights of "
                 f"Linear, Conv and ConvTranspose layers; select others by pattern.{skipped}"
             )
-        for fqn, why in hidden.items():
+        for fqn, why in (hidden | computed).items():
             logger.warning("%s is not normalised: %s", fqn, why)
 
         chosen = []
@@ -462,7 +460,7 @@ def _check_weight(weight: Weight) -> None:
             f"{where} has shape {list(parameter.shape)}, and spectral norm needs a non-empty matrix or "
             f"more: {leave_out.removeprefix('or ')}."
         )
-    if not torch.isfinite(parameter).all():
+    if not torch.isfinite(parameter.detach()).all():
         raise ValueError(
             f"{where} contains NaN or inf. Initialise it or load a good checkpoint first, {leave_out}."
         )

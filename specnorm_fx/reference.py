@@ -396,7 +396,7 @@ def residual(weight_mat: Tensor, u: Tensor, v: Tensor, eps: float) -> tuple[Tens
     gap_u = (product(weight_mat, v) - value * u).norm()
     gap_v = (product(weight_mat.H, u) - value.conj() * v).norm()
     size = value.abs()
-    return size, torch.where(size > eps, torch.maximum(gap_u, gap_v) / size, 0)
+    return size, torch.where(size <= eps, 0, torch.maximum(gap_u, gap_v) / size)  # NaN stays NaN
 
 
 def autocast_off(device_type: str) -> contextlib.AbstractContextManager[None]:
@@ -406,6 +406,7 @@ def autocast_off(device_type: str) -> contextlib.AbstractContextManager[None]:
         device_type: Of the tensors inside.
     """
     # Entered only when autocast is on: the context would otherwise stand in every exported graph.
-    if torch.is_autocast_enabled(device_type):
+    # (The meta device has none, and would raise.)
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

@@ -140,7 +140,7 @@ class Row:
         fqn: Its name.
         shape: Its shape.
         sigma: By the stored u and v.
-        exact: Its largest singular value, by SVD.
+        exact: Its largest singular value, by SVD; NaN where the weight has NaN or inf.
         residual: See `specnorm_fx.reference.residual`: 0 for exact singular vectors.
     """
 
@@ -232,9 +232,15 @@ def report(model: nn.Module) -> Report:
     rows = []
     for fqn, site in sites_of(model).items():
         sigma, residual = reference.residual(site.matrix(), *site.vectors(), site.config.eps)
-        whole = sharded.full(site.weight.detach())
-        exact = torch.linalg.matrix_norm(reference.weight_matrix(whole, site.config.dim or 0), ord=2)
+        whole = reference.weight_matrix(sharded.full(site.weight.detach()), site.config.dim or 0)
+        if whole.isfinite().all():
+            exact = torch.linalg.matrix_norm(whole, ord=2)
+        else:  # no SVD ends
+            exact = torch.full_like(sigma, torch.nan)
         values = (value.item() for value in (sigma, exact, residual))
         rows.append(Row(fqn, tuple(site.weight.shape), *values))
     skipped = {fqn: why for fqn, _, why in skipped_weights(model)}
+    for prefix, gm in transformed(model).items():
+        computed = {prefix + fqn: why for fqn, why in capture.computed_weights(gm).items()}
+        skipped |= {fqn: why for fqn, why in computed.items() if fqn not in sites_of(model)}
     return Report(tuple(rows), skipped)

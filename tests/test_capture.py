@@ -1,5 +1,6 @@
 """Capture: what symbolic trace follows, and what is refused with the line and the ways out."""
 
+import contextlib
 import threading
 
 import pytest
@@ -178,3 +179,35 @@ def test_several_inputs_and_outputs():
 
     out = transform(Pair())(torch.randn(2, 3), torch.randn(2, 3))
     assert out["features"][1].shape == (2, 3)
+
+
+class Region(nn.Module):
+    def __init__(self, region):
+        super().__init__()
+        self.features, self.head, self.region = nn.Linear(4, 4), nn.Linear(4, 1), region
+
+    def forward(self, x):
+        with self.region():
+            x = self.features(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "region",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", enabled=False)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_regions_that_a_graph_does_not_keep(region):
+    with pytest.raises(
+        TraceError, match=r"does not keep what is inside torch\.(no_grad|autocast)(.|\n)*test_capture"
+    ):
+        transform(Region(region))
+    assert transform(Region(contextlib.nullcontext)).sites()
+
+
+def test_export_keeps_them():
+    x = torch.randn(2, 4)
+    gm = transform(Region(torch.no_grad), example_inputs=x)
+    gm(x).sum().backward()
+    assert gm.features.weight.grad is None
+    assert gm.head.weight.grad is not None

@@ -210,3 +210,66 @@ def test_convert_keeps_what_is_not_spectral_norm():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), torch_sn(nn.Linear(3, 3)))
     converted = convert_state_dict(model.state_dict(), to="specnorm_fx")
     assert {"0.parametrizations.weight.original0", "1.weight", "1.weight_u", "1.weight_v"} <= set(converted)
+
+
+class Aliased(nn.Module):
+    """One layer under two names, as in ``self.layers = ModuleList([self.first, ...])``."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.layers = nn.ModuleList([self.first, nn.Linear(5, 2)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layer_of_two_names(layout, assign):
+    gm, other = transform(Aliased()), transform(Aliased())
+    gm(torch.randn(2, 5))
+    state = convert_state_dict(gm.state_dict(), to=layout)
+    other.load_state_dict(state, assign=assign)
+    for site, twin in zip(gm.sites(), other.sites(), strict=True):
+        assert torch.equal(twin.weight, site.weight)
+        assert torch.equal(twin.u, site.u)
+        assert torch.equal(twin.v, site.v)
+    other.load_state_dict(Aliased().state_dict())
+    assert all(row.sigma == pytest.approx(row.exact, rel=1e-5) for row in specnorm_fx.report(other).rows)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "plain"])
+def test_a_tied_weight_by_its_other_name_alone(layout):
+    """As writers leave it that keep one name of a shared tensor."""
+    names = ("decoder.weight", "encoder.weight")
+    source = transform(nn.ModuleDict({"decoder": nn.Linear(6, 6, bias=False)})["decoder"])
+    source(torch.randn(2, 6))
+    state = {f"decoder.{k}": v for k, v in convert_state_dict(source.state_dict(), to=layout).items()}
+    gm = transform(Tied())
+    missing, unexpected = gm.load_state_dict(state, strict=False)
+    assert (names[1] in missing, unexpected) == (True, [])
+    (site,), (theirs,) = gm.sites(), source.sites()
+    assert torch.equal(site.weight, theirs.weight)
+    if layout == "plain":
+        (row,) = specnorm_fx.report(gm).rows
+        assert row.sigma == pytest.approx(row.exact, rel=1e-5)
+    else:
+        assert torch.equal(site.u, theirs.u)
+        assert torch.equal(site.v, theirs.v)
+
+
+def test_assigned_to_a_model_on_the_meta_device():
+    gm, plain = transform(Discriminator()).to("meta"), Discriminator()
+    gm.load_state_dict(plain.state_dict(), assign=True)
+    gm.offset = plain.offset  # not in the state dict
+    assert all(row.sigma == pytest.approx(row.exact, rel=1e-5) for row in specnorm_fx.report(gm).rows)
+
+
+@pytest.mark.parametrize("value", [None, [[1.0]]])
+def test_what_is_no_tensor_is_pytorchs_to_report(value):
+    gm = transform(nn.Linear(3, 3))
+    with pytest.raises(RuntimeError, match='named "weight"'):
+        gm.load_state_dict({"weight": value, "bias": torch.zeros(3)})

@@ -2,7 +2,9 @@
 
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from specnorm_fx import SpectralNormConfig, transform
@@ -75,3 +77,16 @@ def test_config_is_frozen_and_compares_by_value():
     assert config == SpectralNormConfig(2)
     with pytest.raises(FrozenInstanceError):
         config.eps = 1.0
+
+
+@pytest.mark.parametrize("eps", ["1e-6", True, torch.tensor(1e-6), float("nan"), 0, None])
+def test_eps_is_a_number(eps):
+    with pytest.raises(ValueError, match="eps must be a finite number above 0"):
+        SpectralNormConfig(eps=eps)
+
+
+def test_eps_of_numpy():
+    gm = transform(nn.Linear(3, 2), eps=np.float32(2**-20))
+    assert gm(torch.ones(1, 3)).isfinite().all()
+    (site,) = gm.sites()
+    assert type(site.config.eps) is float

@@ -324,3 +324,24 @@ def test_random_shapes(shape, dim, order, n, seed):
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert distance(a, b, grad, i == 3) < 1e-12
     check_contiguous(cpu_kernels.normalize([weight], [u], [v], [n], [EPS], [dim], [order]), dim, grad)
+
+
+def test_elements_in_one_place():
+    """With the span of a dense weight: [3, 3] with strides (4, 0)."""
+    weight = torch.randn(3, 4)[:, :1].expand(3, 3)
+    _, u, v, grad = problem((3, 3), 0)
+    got, want = by_kernel(weight, u, v, grad, 1, 0, "uv"), truth(weight, u, v, grad, 1, 0, "uv")
+    for a, b in zip(got[:3], want[:3], strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_a_transposed_convolution_of_many_channels():
+    """Its rows are thousands of groups of a few elements: no further from the truth than torch's."""
+    for shape in ((2048, 64, 3), (16_384, 8, 2)):
+        arguments = (*problem(shape, 1), 1, 1, "uv")
+        want = truth(*arguments)
+        ours, theirs = (
+            [relative_error(a, b) for a, b in zip(method(*arguments)[:2], want, strict=False)]
+            for method in (by_kernel, by_reference)
+        )
+        assert all(a <= b for a, b in zip(ours, theirs, strict=True))

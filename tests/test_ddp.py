@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from specnorm_fx import gradient_penalty, ops, sigmas, transform, update_, warm_up_
-from specnorm_fx.graph_module import resolve
+from specnorm_fx.graph_module import transformed
 from tests.architectures import PatchGAN
 from tests.models import Discriminator, relative_error
 from tests.ranks import run_ranks
@@ -101,9 +101,10 @@ def train(rank, wrapped, steps=3, alone=None, loss=logistic, shape=(1, 4, 4), dt
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.step()
             optimizer.zero_grad()
-            if resolve(model).sites()[0].config.update == "step":
+            if next(iter(transformed(model).values())).sites()[0].config.update == "step":
                 update_(model)
-    return worst, resolve(wrapped).state_dict()
+    (gm,) = transformed(wrapped).values()
+    return worst, gm.state_dict()
 
 
 def gradient_error(wrapped, alone):

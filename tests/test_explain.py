@@ -83,3 +83,45 @@ def test_an_error_of_the_model_is_its_own():
     with pytest.raises(RuntimeError):
         explain(layer, torch.randn(2, 5))
     assert torch.equal(u, before)
+
+
+class Reassigning(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch_sn(nn.Linear(4, 4))
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("last", None)
+
+    def forward(self, x):
+        self.steps = self.steps + 1
+        self.last = x.detach()
+        return self.first(x)
+
+
+def test_buffers_that_the_forward_replaces_are_put_back():
+    model = Reassigning()
+    steps = model.steps
+    explain(model, torch.randn(2, 4))
+    assert model.steps is steps
+    assert steps == 0
+    assert model.last is None
+
+
+@pytest.mark.parametrize("compile_part", [False, True])
+def test_a_module_that_is_compiled_in_place(compile_part):
+    model = nn.Sequential(Part())
+    (model[0] if compile_part else model).compile(backend="eager")
+    before = [module._compiled_call_impl for module in model.modules()]
+    said = explain(model, torch.randn(2, 4))
+    assert [use.fqn for graph in said.graphs for use in graph.fused] == ["0.first.weight", "0.last.weight"]
+    assert [module._compiled_call_impl for module in model.modules()] == before
+
+
+def test_no_name_of_a_tied_weight_is_missing():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    for layer in model:
+        torch_sn(layer)
+    said = explain(model, torch.randn(2, 4))
+    assert len([use for graph in said.graphs for use in graph.fused]) == 2
+    assert said.missing == ()

@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.nn.utils import spectral_norm as hook_sn
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 
-from specnorm_fx import freeze, frozen_state_dict, transform
+from specnorm_fx import freeze, frozen_state_dict, report, transform, warm_up_
 from specnorm_fx.module import SpectralNorm
 from tests.models import LAYERS, MODELS, Discriminator, Labelled, Tied, parametrize
 
@@ -112,3 +112,36 @@ def test_refusals(function):
         function(freeze(gm.eval()))
     with pytest.raises(TypeError, match="holds no transformed model"):
         function(nn.Linear(4, 3))
+
+
+def test_tied_weights_that_were_untied_since():
+    """``assign=True`` makes two parameters of one; the graph reads the first, whatever the other holds."""
+    gm = transform(Tied())
+    gm.load_state_dict({key: x.clone() * 4 for key, x in gm.state_dict().items()}, assign=True)
+    assert gm.encoder.weight is not gm.decoder.weight
+    plain = Tied()
+    plain.load_state_dict(frozen_state_dict(gm.eval()))
+    x = torch.randn(2, 6)
+    assert torch.equal(plain(x), gm(x))
+
+
+def test_a_weight_that_is_computed_since():
+    """Parametrized after `transform`: it trains, loads and is reported, and cannot be frozen."""
+    gm = transform(nn.Sequential(nn.Linear(4, 3)))
+    nn.utils.parametrize.register_parametrization(gm.get_submodule("0"), "weight", nn.Identity())
+    gm(torch.randn(2, 4)).sum().backward()
+    state = {key: 2 * x for key, x in gm.state_dict().items()}
+    gm.load_state_dict(state)
+    assert all(torch.equal(x, state[key]) for key, x in gm.state_dict().items())
+    warm_up_(gm)
+    (row,) = report(gm).rows
+    assert row.sigma == pytest.approx(row.exact, rel=1e-5)
+    with pytest.raises(RuntimeError, match=r"0\.weight is no parameter any more.*remove_parametrizations"):
+        freeze(gm.eval())
+
+
+def test_a_part_is_not_the_model():
+    model = nn.Sequential(transform(nn.Linear(4, 3)), nn.Linear(3, 2)).eval()
+    with pytest.raises(TypeError, match=r"Sequential is not transformed as a whole: '0' is.*the part\."):
+        freeze(model)
+    freeze(model[0])

@@ -3,6 +3,7 @@
 import copy
 import logging
 import operator
+import warnings
 
 import hypothesis
 import hypothesis.strategies as st
@@ -528,3 +529,50 @@ def test_a_graph_without_spectral_norm_stays():
     torch.compile(layer, backend=backend)(x)
     assert (backend.fused, backend.passed) == ([], [])
     assert len(backend.graphs[0].graph.nodes) == 5  # weight, bias, x, linear, output
+
+
+class Twice(nn.Module):
+    """The weight read without gradients, then with, both results of the graph."""
+
+    def __init__(self, sn, doubled=False):
+        super().__init__()
+        self.layer, self.doubled = sn(nn.Linear(4, 4)), doubled
+
+    def forward(self, x):
+        with torch.no_grad():
+            target = self.layer.weight
+        if self.doubled:
+            target *= 2
+        weight = self.layer.weight
+        return target, weight, F.linear(x, weight)
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_one_weight_twice_among_the_results(inner, doubled):
+    """In eval mode: AOTAutograd would make one tensor of them, without a gradient."""
+    model = Twice(torch_sn, doubled).double().eval()
+    twin = copy.deepcopy(model)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    compiled = torch.compile(model, backend="specnorm", options={"inner": inner})
+    results = [m(x) for m in (compiled, twin)]
+    for a, b in zip(*results, strict=True):
+        assert a.requires_grad == b.requires_grad
+        assert relative_error(a, b) < TOLERANCE
+    for _, weight, out in results:
+        (weight.exp().sum() + out.exp().sum()).backward()
+    stored = [m.layer.parametrizations.weight.original.grad for m in (model, twin)]
+    assert relative_error(*stored) < TOLERANCE
+    results[0][1].detach().zero_()
+    assert results[0][0].any()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_an_empty_weight_passes_through(shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has nothing to initialise
+        model = torch_sn(nn.Linear(*shape))
+    backend = Fusing()
+    out = torch.compile(model, backend=backend)(torch.randn(2, shape[0]))
+    assert out.shape == (2, shape[1])
+    assert [passed.reason for passed in backend.passed] == ["the weight is empty"]

@@ -133,9 +133,8 @@ def test_to_dtype_moves_everything():
         lambda gm: torch.compile(gm, backend="eager"),
         torch.optim.swa_utils.AveragedModel,
         nn.DataParallel,
-        lambda gm: nn.ModuleDict({"disc": gm, "gen": nn.Linear(2, 2)}),
     ],
-    ids=["itself", "compiled", "averaged", "data_parallel", "parent"],
+    ids=["itself", "compiled", "averaged", "data_parallel"],
 )
 def test_functions_find_the_transformed_model_inside_others(wrap):
     wrapped = wrap(transform(nn.Linear(4, 3)))
@@ -147,9 +146,12 @@ def test_functions_find_the_transformed_model_inside_others(wrap):
 def test_functions_refuse_what_holds_none_or_several():
     with pytest.raises(TypeError, match=r"Linear holds no transformed model.*transform\(model\) makes one"):
         specnorm_fx.sigmas(nn.Linear(2, 2))
+    one = nn.ModuleDict({"disc": transform(nn.Linear(2, 2)), "gen": nn.Linear(2, 2)})
+    assert specnorm_fx.sigmas(one).keys() == {"weight"}
     two = nn.ModuleList([transform(nn.Linear(2, 2)), transform(nn.Linear(2, 2))])
-    with pytest.raises(TypeError, match="ModuleList holds 2 transformed models"):
-        specnorm_fx.freeze(two)
+    for model, parts in ((one, "'disc' is.*the part"), (two, "'0', '1' are.*the parts, one after the other")):
+        with pytest.raises(TypeError, match=f"{type(model).__name__} is not transformed as a whole: {parts}"):
+            specnorm_fx.freeze(model.eval())
 
 
 def test_a_second_trace_is_refused_unless_the_call_stays_a_leaf():
@@ -178,3 +180,48 @@ def test_repr_and_extra_repr():
     assert "(spectral_norm): SpectralNorm(" in text
     assert "7 weights" in text
     assert "n_power_iterations=2" in text
+
+
+def double(module, inputs, output):
+    return 2 * output
+
+
+def halve(module, inputs):
+    return (inputs[0] / 2,)
+
+
+def rename(module, state_dict, prefix, *_):
+    if f"{prefix}old" in state_dict:
+        state_dict[f"{prefix}bias"] = state_dict.pop(f"{prefix}old")
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["trace", "export"])
+def test_hooks_on_the_model(captured):
+    """By trace they stay on the model, by export they are in the graph."""
+    x = torch.randn(2, 4)
+    model = nn.Linear(4, 3)
+    plain = transform(copy.deepcopy(model), example_inputs=x if captured else None)
+    model.register_forward_hook(double)
+    model.register_forward_pre_hook(halve)
+    model.register_load_state_dict_pre_hook(rename)
+    gm = transform(model, example_inputs=x if captured else None)
+    gm.load_state_dict(plain.state_dict())
+    want = 2 * plain.eval()(x / 2)
+    for twin in (gm, *(duplicate(gm) for duplicate in (copy.copy, copy.deepcopy, by_pickle))):
+        assert torch.equal(twin.eval()(x), want)
+        assert torch.equal(specnorm_fx.freeze(twin)(x), want)
+        state = twin.state_dict()
+        state["old"] = state.pop("bias") + 1
+        twin.load_state_dict(state)
+        assert torch.equal(twin.bias, state["old"])
+        twin.load_state_dict(plain.state_dict())
+    assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 1
+
+
+def test_a_shallow_copy_shares_the_tensors():
+    gm = transform(Discriminator())
+    twin = copy.copy(gm)
+    assert isinstance(twin, SpectralNormGraphModule)
+    assert list(twin.state_dict()) == list(gm.state_dict())
+    for site, other in zip(gm.sites(), twin.sites(), strict=True):
+        assert (site.weight, site.u, site.v) == (other.weight, other.u, other.v)

@@ -270,3 +270,16 @@ def test_9_weights_draw_in_module_order_from_the_global_generator():
 
 
 # 10 (names) is in test_passes, 11 (deepcopy, pickle, modes) in test_graph_module.
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_shapes_on_the_meta_device(implementation):
+    gm = transform(nn.Linear(4, 3), implementation=implementation).to("meta")
+    assert gm(torch.empty(2, 4, device="meta")).shape == (2, 3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_jit_trace_is_for_the_frozen_model():
+    gm, x = transform(nn.Linear(4, 3)).eval(), torch.randn(2, 4)
+    with pytest.raises(RuntimeError, match="Trace the frozen model"):
+        torch.jit.trace(gm, x)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -388,3 +389,25 @@ def test_a_default_device_is_not_that_of_the_results(device):
         got = ops.call(ops.normalize, weights, *others)
     for a, b in zip((*got[:2], *got[2]), (*want[:2], *want[2]), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's decompositions for it
+@pytest.mark.parametrize("training", [False, True])
+def test_forward_mode(training):
+    """A dual number in the weights, and forward over reverse: as the reference."""
+    torch.manual_seed(1)
+    gm = transform(nn.Linear(4, 3).double())
+    twin = copy.deepcopy(gm)
+    twin.get_submodule("spectral_norm")._auto = frozenset()
+    x, tangent, direction = (torch.randn(s, dtype=torch.float64) for s in ((2, 4), (3, 4), (2, 4)))
+    found = []
+    for m in (gm, twin):
+        m.train(training)
+        with fwAD.dual_level():
+            state = {"weight": fwAD.make_dual(m.weight.detach(), tangent)}
+            out = torch.func.functional_call(m, state, (x,))
+            dual = fwAD.make_dual(x, direction)
+            (grad,) = torch.autograd.grad(m(dual).exp().sum(), m.weight)
+            found.append((fwAD.unpack_dual(out).tangent, fwAD.unpack_dual(grad).tangent))
+    for a, b in zip(*found, strict=True):
+        assert relative_error(a, b) < 1e-13

@@ -483,6 +483,18 @@ def _hooked():
     return model
 
 
+def _hooked_backward():
+    model = nn.Sequential(nn.Linear(3, 4))
+    model[0].register_full_backward_hook(lambda *_: None)
+    return model
+
+
+def _bias_parametrized():
+    model = nn.Sequential(nn.Linear(3, 4))
+    nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Identity())
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "match", "select"),
     [
@@ -505,7 +517,9 @@ def _hooked():
         (_with_weight(torch.empty(0, 4)), r"shape \[0, 4\], .*needs a non-empty matrix", None),
         (_fill(torch.nan), r"'1.weight' \(Conv1d\) contains NaN or inf. Initialise", None),
         (_fill(-torch.inf), r"'1.weight' \(Conv1d\) contains NaN or inf. Initialise", None),
-        (_hooked, r"'0' \(Linear\) has forward hooks.*Remove them, or leave it out", None),
+        (_hooked, r"'0' \(Linear\) has hooks.*Remove them, or leave it out", None),
+        (_hooked_backward, r"'0' \(Linear\) has hooks.*Remove them, or leave it out", None),
+        (_bias_parametrized, r"'0' \(ParametrizedLinear\) has a parametrization.*example_inputs", None),
         (lambda: nn.Sequential(nn.ReLU()), "Sequential has no weight to normalise", None),
         (lambda: nn.Sequential(nn.Embedding(3, 4)), "has no weight to normalise. By default", None),
         (

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from specnorm_fx import SigmaLogger, report, sigmas, transform, warm_up_
 from tests.models import Discriminator, relative_error
@@ -135,3 +136,20 @@ def test_sigma_logger_with_tensorboard(tmp_path):
     (event,) = events.Scalars("sigma/weight")
     assert event.step == 7
     assert event.value == pytest.approx(sigmas(gm)["weight"].item(), rel=1e-6)
+
+
+def test_a_weight_with_nan():
+    gm = transform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    with torch.no_grad():
+        gm.get_submodule("0").weight[0, 0] = torch.nan
+    bad, good = report(gm).rows
+    assert all(x != x for x in (bad.sigma, bad.exact, bad.residual))
+    assert good.exact > 0
+    assert sigmas(gm, residual=True)["0.weight"].residual.isnan()
+
+
+def test_layers_whose_weight_is_computed(caplog):
+    gm = transform(nn.Sequential(weight_norm(nn.Conv1d(2, 3, 2)), nn.Flatten(), nn.Linear(9, 1)))
+    why = "computed from other parameters (a parametrization, weight_norm)"
+    assert report(gm).skipped == {"0.weight": why}
+    assert f"0.weight is not normalised: {why}" in caplog.text

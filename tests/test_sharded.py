@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from specnorm_fx import (
     freeze,
@@ -266,6 +267,11 @@ def train_in_bf16(rank):
         assert site.weight.dtype == site.u.dtype == torch.float32
         exact = torch.linalg.matrix_norm(sharded.full(site.weight.detach()).double(), 2)
         assert sigmas(gm)[site.fqn].item() == pytest.approx(exact.item(), rel=0.05)
+    # A forward without backward leaves the weights whole and in bf16: they are read as they are stored.
+    before = frozen_state_dict(gm.eval())
+    with torch.no_grad():
+        gm(torch.randn(4, 16))
+    assert all(torch.equal(x, before[name]) for name, x in frozen_state_dict(gm).items())
 
 
 def test_fsdp_mixed_precision():
@@ -417,6 +423,10 @@ def train_tensor_parallel(rank, update):
     assert all(got.sigma == pytest.approx(want.sigma, rel=1e-12) for got, want in rows)
 
     x = torch.ones(4, 6, dtype=torch.float64)
+    if update == "forward":
+        with pytest.raises(RuntimeError, match="runs within a backward pass"):
+            checkpoint(gm, x.clone().requires_grad_(), use_reentrant=False).sum().backward()
+        twin(x)
     torch._dynamo.reset()
     with warnings.catch_warnings():
         # Dynamo, after the break of the graph at the shards.
