@@ -5,13 +5,16 @@ Three steps, used by `specnorm_fx.passes`: `share` copies the structure, `symbol
 `find_weights` lists what can be selected.
 """
 
+import contextlib
 import copy
 import inspect
 import itertools
 import linecache
 import operator
+import threading
 import traceback
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -143,8 +146,23 @@ def _modes() -> tuple[bool, bool]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
-def _refuse_autocast(_: Any) -> None:
-    raise TraceError("a graph does not keep what is inside torch.autocast")
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def _no_autocast() -> Iterator[None]:
+    """A region of autocast, which leaves no trace in the operations inside, is an error in this thread."""
+    with _one_at_a_time:  # or the first to end would put back what the second has found
+        enter: Any = torch.autocast.__enter__
+        here = threading.get_ident()
+
+        def refuse(region: torch.autocast) -> Any:
+            if threading.get_ident() != here:
+                return enter(region)
+            raise TraceError("a graph does not keep what is inside torch.autocast")
+
+        with patch.object(torch.autocast, "__enter__", refuse):
+            yield
 
 
 class Tracer(fx.Tracer):
@@ -155,7 +173,7 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """As fx does. What a region without gradients, or of another precision, does is an error."""
         self._modes = _modes()
-        with patch.object(torch.autocast, "__enter__", _refuse_autocast):
+        with _no_autocast():
             return super().trace(root, concrete_args)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:

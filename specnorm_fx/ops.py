@@ -424,9 +424,12 @@ def _differentiable_normalize(
         vectors, sigmas, found = call(_normalize_forward, weights, us, vs, n, eps, dims, orders, once)
     if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         return vectors, sigmas, found
+    together = _together(weights)
+    if len(together) == 1:  # most models: without the slices
+        return vectors, sigmas, [*_Normalized.apply(eps, dims, vectors, sigmas, found, *weights)]  # type: ignore[no-untyped-call]
     normalized: list[Tensor] = []
     at = 0
-    for group in _together(weights):
+    for group in together:
         part = slice(group.start, group.stop)
         size = sum(us[i].shape[0] + vs[i].shape[0] for i in group)
         normalized += _Normalized.apply(  # type: ignore[no-untyped-call]

@@ -211,3 +211,22 @@ def test_export_keeps_them():
     gm(x).sum().backward()
     assert gm.features.weight.grad is None
     assert gm.head.weight.grad is not None
+
+
+def test_other_threads_may_enter_regions_meanwhile():
+    class Slow(nn.Linear):
+        def forward(self, x):
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+            return super().forward(x)
+
+    def elsewhere():
+        with torch.autocast("cpu"):
+            seen.append(torch.is_autocast_enabled("cpu"))
+
+    seen = []
+    transform(nn.Sequential(Slow(3, 3)))
+    assert seen == [True] * len(seen) != []
+    elsewhere()
+    assert seen[-1]
