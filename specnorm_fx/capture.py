@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer, TraceError
 
@@ -142,51 +143,84 @@ def share(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _modes() -> tuple[bool, bool]:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-
-
 _one_at_a_time = threading.RLock()
 
-
-@contextlib.contextmanager
-def _no_autocast() -> Iterator[None]:
-    """A region of autocast, which leaves no trace in the operations inside, is an error in this thread."""
-    with _one_at_a_time:  # or the first to end would put back what the second has found
-        enter: Any = torch.autocast.__enter__
-        here = threading.get_ident()
-
-        def refuse(region: torch.autocast) -> Any:
-            if threading.get_ident() != here:
-                return enter(region)
-            raise TraceError("a graph does not keep what is inside torch.autocast")
-
-        with patch.object(torch.autocast, "__enter__", refuse):
-            yield
+# What no gradient flows through, by the name of the function or method.
+_WITHOUT_GRADIENT = {"gt", "lt", "ge", "le", "eq", "ne", "argmax", "argmin", "detach", "size", "dim"}
 
 
 class Tracer(fx.Tracer):
-    """fx.Tracer that also records reads of buffers, instead of baking in what they hold today."""
+    """fx.Tracer that also records reads of buffers, instead of baking in what they hold today.
+
+    An operation inside ``torch.no_grad``, ``torch.inference_mode`` or ``torch.autocast`` is an error where
+    that makes a difference: fx records nothing of such regions.
+    """
 
     proxy_buffer_attributes = True
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """As fx does. What a region without gradients, or of another precision, does is an error."""
-        self._modes = _modes()
-        with _no_autocast():
+        """As fx does."""
+        self._precisions = 0  # regions of autocast around what runs
+        self._has_gradients = torch.is_grad_enabled()
+        self._without_gradient: set[fx.Node] = set()
+        with self._counted_precisions(), _plain_checkpoints():
             return super().trace(root, concrete_args)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         """As fx does, for an operation outside of such regions."""
-        if _modes() != self._modes:
-            raise TraceError("a graph does not keep what is inside torch.no_grad, enable_grad or the like")
-        return super().create_proxy(*args, **kwargs)
+        proxy = super().create_proxy(*args, **kwargs)
+        node = proxy.node
+        target = str(getattr(node.target, "__name__", node.target)).strip("_")
+        if node.op == "get_attr":
+            is_free = not self._is_parameter(str(node.target))
+        else:
+            of_free = all(x in self._without_gradient for x in node.all_input_nodes)
+            is_free = node.op in ("call_function", "call_method") and (of_free or target in _WITHOUT_GRADIENT)
+        if is_free:
+            self._without_gradient.add(node)
+        elif self._has_gradients and not torch.is_grad_enabled():
+            raise TraceError("a graph does not keep what is inside torch.no_grad or torch.inference_mode")
+        if self._precisions and node.op != "get_attr":
+            raise TraceError("a graph does not keep what is inside torch.autocast")
+        return proxy
+
+    def _is_parameter(self, fqn: str) -> bool:
+        # Not by `attribute`: while a trace is on, to read one makes a proxy.
+        *path, name = fqn.split(".")
+        owner: Any = self.root
+        for part in path:
+            owner = owner._modules[part]
+        return name in owner._parameters
+
+    @contextlib.contextmanager
+    def _counted_precisions(self) -> Iterator[None]:
+        with _one_at_a_time:  # or the first to end would put back what the second has found
+            here, region = threading.get_ident(), torch.autocast
+            enter: Any = region.__enter__
+            leave: Any = region.__exit__
+
+            def counted_enter(entered: Any) -> Any:
+                self._precisions += threading.get_ident() == here
+                return enter(entered)
+
+            def counted_exit(entered: Any, *exception: Any) -> Any:
+                self._precisions -= threading.get_ident() == here
+                return leave(entered, *exception)
+
+            with patch.multiple(region, __enter__=counted_enter, __exit__=counted_exit):
+                yield
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """torch.nn layers, as in fx; a user's module stays transparent when it is parametrised."""
         if nn.utils.parametrize.is_parametrized(m):
             return nn.utils.parametrize.type_before_parametrizations(m).__module__.startswith("torch.nn")
         return super().is_leaf_module(m, module_qualified_name)
+
+
+def _plain_checkpoints() -> Any:
+    """What is checkpointed by ``use_reentrant=True``, which runs it without gradients, just runs."""
+    plain = staticmethod(lambda function, _, *args: function(*args))
+    return patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", plain)
 
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -404,8 +438,10 @@ def computed_weights(model: nn.Module) -> dict[str, str]:
         if fqn
         else "weight": "computed from other parameters (a parametrization, weight_norm)"
         for fqn, layer in model.named_modules()
-        if isinstance(layer, DEFAULT_KINDS) and layer._parameters.get("weight") is None
-        if isinstance(getattr(layer, "weight", None), Tensor)
+        if isinstance(layer, DEFAULT_KINDS)
+        # Not by reading it, which computes it.
+        if nn.utils.parametrize.is_parametrized(layer, "weight")
+        or isinstance(vars(layer).get("weight"), Tensor)
     }
 
 
@@ -453,6 +489,23 @@ def _opaque_parents(weight: Weight, model: nn.Module, graph: fx.Graph) -> list[s
         for depth in range(1, len(parts))
     )
     return [f"{p!r} ({type(model.get_submodule(p)).__name__})" for p in parents if p in called]
+
+
+def refuse_bound_hooks(model: nn.Module) -> None:
+    """The class of the model, and with it its methods, gives way to the graph's.
+
+    Args:
+        model: Before it is captured.
+
+    Raises:
+        ValueError: A hook on its calls is one of its methods.
+    """
+    hooks = (hook for name in _CALL_HOOKS for hook in vars(model)[name].values())
+    if bound := [hook.__name__ for hook in hooks if getattr(hook, "__self__", None) is model]:
+        raise ValueError(
+            f"{type(model).__name__} has {bound[0]!r}, a method of its own, as a hook, which would go on "
+            f"with the model as it is now. Register a function, which is given the module."
+        )
 
 
 def inline(node: fx.Node, model: nn.Module) -> None:

@@ -125,8 +125,9 @@ def _export(args: argparse.Namespace) -> str:
     if args.dynamic_batch:  # the exporter fixes a size that the model has fixed, without a word
         try_inputs(model, one_row_more(example))
     source = args.checkpoint or args.model
-    if args.output.exists() and args.output.samefile(source):
-        raise LoadError(f"--output must be another file than {source}, which the weights come from.")
+    for read in filter(None, (args.checkpoint, args.model.partition(":")[0])):
+        if args.output.exists() and Path(read).exists() and args.output.samefile(read):
+            raise LoadError(f"--output must be another file than {read}, which the model comes from.")
     try:
         verification = specnorm_fx.onnx.export(
             model,

@@ -1,14 +1,16 @@
 """SpectralNormGraphModule: what `transform` returns, a GraphModule that keeps the model's whole state."""
 
+import copy
 import pickle
-import weakref
-from collections.abc import Callable, MutableMapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
+from torch.nn.modules.module import _WrappedHook
 
 from specnorm_fx import checkpoint, reference, sharded
 from specnorm_fx.config import SpectralNormConfig
@@ -28,8 +30,9 @@ __all__ = [
     "transformed",
 ]
 
-# The attributes under which wrappers have the model: DDP and AveragedModel, torch.compile.
-_WRAPPED = {"module", "_orig_mod"}
+# The attributes under which wrappers have the model: DDP and AveragedModel, torch.compile,
+# checkpoint_wrapper, FSDP1.
+_WRAPPED = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 # Where a module keeps its hooks.
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
@@ -97,14 +100,17 @@ class SpectralNormGraphModule(fx.GraphModule):
         self._non_persistent_buffers_set = set(root._non_persistent_buffers_set) | constants
         for name, value in vars(root).items():
             if name in _HOOKS:
-                self.__dict__[name] = value
+                self.__dict__[name] = copy.copy(value)  # handles of the original's take off the original's
             self.__dict__.setdefault(name, value)
-        hook: Any
-        for hook in self._load_state_dict_pre_hooks.values():
-            if getattr(hook, "with_module", False):
-                hook.module = weakref.ref(self)
-        self._names: dict[str, tuple[str, ...]] = vars(root).get("_names", {})
+        for key, hook in self._hooks_of_module().items():
+            self._load_state_dict_pre_hooks[key] = _WrappedHook(hook, self)
+        self._tied_names: dict[str, tuple[str, ...]] = vars(root).get("_tied_names", {})
         self._note_names()
+
+    def _hooks_of_module(self) -> dict[int, Callable[..., Any]]:
+        """Those that are given the module, by their keys: PyTorch keeps them with a reference to it."""
+        hooks: dict[int, Any] = self._load_state_dict_pre_hooks
+        return {key: x.hook for key, x in hooks.items() if getattr(x, "with_module", False)}
 
     def train(self, mode: bool = True) -> "SpectralNormGraphModule":
         """As in ``nn.Module``, for layers that the graph calls as modules, and for spectral norm.
@@ -139,10 +145,11 @@ class SpectralNormGraphModule(fx.GraphModule):
 
     def _note_names(self) -> None:
         """Write down the names of tied weights. What unties them (``assign=True``) leaves the graph alone."""
-        known, current = vars(self).get("_names", {}), parameter_names(self)
+        known, current = vars(self).get("_tied_names", {}), parameter_names(self)
         weights = [] if self._call is None else self._call[1][0]
-        self._names = known | {
-            fqn: (*known.get(fqn, ()), *current.get(id(attribute(self, fqn)), ())) for fqn in weights
+        found = {fqn: current.get(id(attribute(self, fqn)), ()) for fqn in weights}
+        self._tied_names = known | {
+            fqn: tuple(dict.fromkeys([*known.get(fqn, ()), *names])) for fqn, names in found.items()
         }
 
     def call(self) -> tuple[SpectralNorm, list[Tensor], list[Tensor], list[Tensor]] | None:
@@ -184,7 +191,7 @@ class SpectralNormGraphModule(fx.GraphModule):
         fqns = self._call[1][0]
 
         def names(fqn: str, weight: Tensor) -> tuple[str, ...]:
-            noted = (name for name in self._names[fqn] if name in there)
+            noted = (name for name in self._tied_names[fqn] if name in there)
             return tuple(dict.fromkeys([fqn, *noted, *current.get(id(weight), ())]))
 
         return [
@@ -241,15 +248,24 @@ class SpectralNormGraphModule(fx.GraphModule):
                     f"torch.fx cannot read back. Save its state_dict."
                 )
         _, (body, imports) = super().__reduce__()
-        return _rebuild, (body, imports, type(self).__name__)
+        # Not within its own state.
+        hooks = self._hooks_of_module()
+        others = {k: hook for k, hook in self._load_state_dict_pre_hooks.items() if k not in hooks}
+        body["_load_state_dict_pre_hooks"] = OrderedDict(others)
+        return _rebuild, (body, imports, type(self).__name__, hooks)
 
 
-def _rebuild(body: dict[str, Any], imports: str, class_name: str) -> SpectralNormGraphModule:
+def _rebuild(
+    body: dict[str, Any], imports: str, class_name: str, hooks: Mapping[int, Callable[..., Any]] = {}
+) -> SpectralNormGraphModule:
     """Unpickle: GraphModule stores code and traces it again, but drops what the graph does not use."""
     root = nn.Module()
     root.__dict__.update(body)
     graph: Any = reduce_graph_module(body, imports).graph
-    return SpectralNormGraphModule(root, graph, class_name)
+    gm = SpectralNormGraphModule(root, graph, class_name)
+    for key, hook in hooks.items():
+        gm._load_state_dict_pre_hooks[key] = _WrappedHook(hook, gm)
+    return gm
 
 
 def _converged(site: Site, loaded: Any, loaded_u: Any) -> tuple[Tensor, Tensor]:
@@ -367,10 +383,15 @@ def resolve(model: nn.Module) -> SpectralNormGraphModule:
         TypeError: There is none; or it is a part of ``model``.
     """
     transformed(model)
-    parts = [name for name, module in model.named_modules() if isinstance(module, SpectralNormGraphModule)]
-    if len(parts) == 1 and set(filter(None, parts[0].split("."))) <= _WRAPPED:
-        found: SpectralNormGraphModule = model.get_submodule(parts[0])  # type: ignore[assignment]
-        return found
+    module = model
+    while not isinstance(module, SpectralNormGraphModule):
+        names = list(module._modules)
+        if len(names) != 1 or names[0] not in _WRAPPED or module._parameters:
+            break
+        module = module.get_submodule(names[0])
+    else:
+        return module
+    parts = [name for name, part in model.named_modules() if isinstance(part, SpectralNormGraphModule)]
     raise TypeError(
         f"{type(model).__name__} is not transformed as a whole: {', '.join(map(repr, parts))} "
         f"{'is' if len(parts) == 1 else 'are'}. This function works on one transformed model: give it the "

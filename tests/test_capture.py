@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.proxy import TraceError
+from torch.utils.checkpoint import checkpoint
 
-from specnorm_fx import transform
+from specnorm_fx import frozen_state_dict, transform
 
 
 class PeriodPad(nn.Module):
@@ -199,10 +200,49 @@ class Region(nn.Module):
 )
 def test_regions_that_a_graph_does_not_keep(region):
     with pytest.raises(
-        TraceError, match=r"does not keep what is inside torch\.(no_grad|autocast)(.|\n)*test_capture"
+        TraceError, match=r"does not keep what is inside torch\.(no_grad|autocast)(.|\n)*self.features"
     ):
         transform(Region(region))
     assert transform(Region(contextlib.nullcontext)).sites()
+
+
+class Harmless(nn.Module):
+    """Regions in which nothing has a gradient or another precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("place", torch.ones(4))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.steps.add_(1)
+            mask = (x > 0) * self.place
+        with torch.autocast("cpu", enabled=False):
+            scale = torch.ones(4) * 2
+        return self.last(checkpoint(self.first, x * mask, use_reentrant=True) * scale)
+
+
+def test_regions_that_make_no_difference():
+    model = Harmless().double()
+    gm = transform(model, implementation="reference").eval()
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    steps = gm.steps.item()
+    model.load_state_dict(frozen_state_dict(gm))
+    assert torch.equal(gm(x), model(x))
+    gm(x).sum().backward()
+    assert gm.steps == steps + 3  # one tensor, which `transform` shares
+    assert gm.first.weight.grad.any()
+
+
+def test_a_method_of_the_model_as_a_hook():
+    model = nn.Linear(3, 3)
+    model.register_forward_hook(model.extra_repr)
+    with pytest.raises(
+        ValueError, match=r"'extra_repr', a method of its own, as a hook.*Register a function"
+    ):
+        transform(model)
 
 
 def test_export_keeps_them():

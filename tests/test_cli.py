@@ -365,8 +365,11 @@ def argument(arguments, message, id, make=nothing):
     return pytest.param(make, (*EXPORT, *arguments), message, id=id)
 
 
-def factory(spec, message, id, make=nothing):
-    return pytest.param(make, ("export", spec, *SHAPED[1:], "-o", "out.onnx"), message, id=id)
+def factory(spec, message, id, make=nothing, out="out.onnx"):
+    return pytest.param(make, ("export", spec, *SHAPED[1:], "-o", out), message, id=id)
+
+
+NETS = f"from {factories.__name__} import Discriminator as net".encode()
 
 
 def shape(text, message, id):
@@ -559,6 +562,9 @@ FAULTS = [
     argument(["-o", "."], "it is a folder", "output: a folder"),
     argument(["-o", "disc.pt/out.onnx"], "cannot be written: Not a directory", "output: below a file"),
     argument(["-o", "disc.pt"], "--output must be another file than disc.pt", "output: the checkpoint"),
+    factory(
+        "nets.py:net", "another file than nets.py", "output: the model", written("nets.py", NETS), "nets.py"
+    ),
     argument(["-o", "pipe"], "it is no regular file", "output: a pipe", lambda: os.mkfifo("pipe")),
     converted("disc.pt", ["missing/out.pt"], "missing/out.pt cannot be written", "convert: no folder"),
     converted(

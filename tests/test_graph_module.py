@@ -210,11 +210,13 @@ def test_hooks_on_the_model(captured):
     for twin in (gm, *(duplicate(gm) for duplicate in (copy.copy, copy.deepcopy, by_pickle))):
         assert torch.equal(twin.eval()(x), want)
         assert torch.equal(specnorm_fx.freeze(twin)(x), want)
+        assert [hook.module() for hook in twin._load_state_dict_pre_hooks.values()] == [twin]
         state = twin.state_dict()
         state["old"] = state.pop("bias") + 1
         twin.load_state_dict(state)
         assert torch.equal(twin.bias, state["old"])
         twin.load_state_dict(plain.state_dict())
+    assert [hook.module() for hook in gm._load_state_dict_pre_hooks.values()] == [gm]
     assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 1
 
 

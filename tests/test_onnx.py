@@ -1,8 +1,11 @@
 """ONNX export: the nodes and names of the model without spectral norm, dimensions, and every refusal."""
 
+import copy
+import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -373,3 +376,71 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
             ImportError, match=r"specnorm_fx.onnx needs onnxruntime: pip install 'specnorm-fx\[onnx\]'"
         ):
             call()
+
+
+# --- What is given as arguments ---
+
+
+class OfDict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.lin(inputs["a"]) + self.lin(inputs["b"])
+
+
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_a_dict_alone(tmp_path, dynamic_batch):
+    gm = transform(OfDict()).eval()
+    batch = ({"a": torch.randn(2, 4), "b": torch.randn(2, 4)},)
+    export(gm, batch, tmp_path / "d.onnx", dynamic_batch=dynamic_batch)
+    names = [i.name for i in onnxruntime.InferenceSession(tmp_path / "d.onnx").get_inputs()]
+    assert names == ["inputs_a", "inputs_b"]
+
+
+def test_one_tensor_twice(tmp_path):
+    gm = transform(Two()).eval()
+    x = torch.randn(2, 4)
+    export(gm, (x, x), tmp_path / "t.onnx")
+    verify(tmp_path / "t.onnx", gm, (x, x + 1))
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+
+    def forward(self, x, y):
+        return self.lin(x) - 2 * self.lin(y)
+
+
+def test_dynamic_shapes_that_the_model_fixes(tmp_path):
+    class Fixed(Two):
+        def forward(self, x):
+            return self.lin(x) + torch.ones(4, 1)
+
+    gm = transform(Fixed()).eval()
+    with pytest.raises(ValueError, match="of the 1 in dynamic_shapes 1 have one size"):
+        export(gm, torch.randn(4, 4), tmp_path / "f.onnx", dynamic_shapes={"x": {0: torch.export.Dim("b")}})
+    with pytest.raises(ValueError, match="input_names must name 1 inputs at most, got a, b"):
+        export(gm, torch.randn(4, 4), tmp_path / "f.onnx", input_names=["a", "b"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_export_one_after_the_other(tmp_path):
+    before = logging.getLogger("onnxscript.version_converter").level
+    gm = transform(Two()).eval()
+    x = torch.randn(2, 4)
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(export, copy.deepcopy(gm), (x, x), tmp_path / f"{i}.onnx") for i in range(3)]
+        assert all(job.result().batches == 3 for job in jobs)
+    assert logging.getLogger("onnxscript.version_converter").level == before
+
+
+def test_forward_hooks_of_the_model_are_no_part_of_the_file(tmp_path):
+    model, x = nn.Linear(3, 3), torch.randn(2, 3)
+    model.register_forward_hook(lambda module, inputs, output: output + 1000)
+    with pytest.raises(ValueError, match="has forward hooks, which torch's exporter leaves out"):
+        export(transform(model).eval(), x, tmp_path / "h.onnx")
+    export(transform(model, example_inputs=x).eval(), x, tmp_path / "h.onnx")

@@ -16,6 +16,7 @@ import specnorm_fx
 from specnorm_fx import freeze, transform
 from specnorm_fx.onnx import VerificationError, export, verify
 from specnorm_fx.onnx.verification import LIMITS, _File
+from tests.models import Tied
 from tests.onnx_files import plain_export, trained
 
 
@@ -223,3 +224,21 @@ def test_histogram_and_json(files, folded):
     assert (read["path"], read["precision"]) == (str(files["fp16"].path), "fp16")
     same = verify(files["fp32"].path, freeze(folded[0]), torch.zeros(0, *IMAGES))
     assert same.histogram == {"0": 0}
+
+
+def test_int8_leaves_grouped_transposed_convolutions(tmp_path):
+    """And takes one tensor for one batch."""
+    gm = transform(nn.Sequential(nn.ConvTranspose2d(4, 8, 4, 2, 1, groups=2), nn.Conv2d(8, 1, 3))).eval()
+    x = torch.randn(8, 4, 5, 5)
+    verification = export(gm, x, tmp_path / "g.onnx", precision="int8", calibration=x)
+    assert verification.nodes["ConvTranspose"] == 1
+    assert verification.precision == "int8"
+
+
+def test_sigma_under_every_name_of_a_tied_weight(tmp_path):
+    gm = transform(Tied()).eval()
+    export(gm, torch.randn(2, 6), tmp_path / "t.onnx")
+    props = {p.key: p.value for p in onnx.load(tmp_path / "t.onnx").metadata_props}
+    written = json.loads(props["specnorm_fx.sigmas"])
+    (sigma,) = specnorm_fx.sigmas(gm).values()
+    assert written == dict.fromkeys(("encoder.weight", "decoder.weight"), sigma.item())

@@ -164,3 +164,38 @@ def test_a_wrong_weight_fails_near_zero_too(near_zero, name):
         wrong.get_parameter(name).flatten()[0] += 0.01
     with pytest.raises(VerificationError, match="disagrees"):
         verify(path, wrong, args)
+
+
+class Jump(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return torch.sign(self.out(torch.relu(self.hidden(x))))
+
+
+def test_an_output_that_jumps_is_not_excused(tmp_path):
+    """How far it moves when the weights do says nothing of the size of its terms."""
+    gm, other = transform(Jump()).eval(), transform(Jump()).eval()
+    x = torch.randn(64, 8)
+    export(gm, x, tmp_path / "j.onnx")
+    with pytest.raises(VerificationError, match=r"disagrees .* max abs error 2\.000e\+00"):
+        verify(tmp_path / "j.onnx", other, x)
+    with pytest.raises(VerificationError, match="disagrees"):
+        verify(tmp_path / "j.onnx", other, x, rtol=0.1)
+
+
+def test_infinities_that_agree(tmp_path):
+    class Masked(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).masked_fill(x[:, :3] > 0, -torch.inf)
+
+    gm = transform(nn.Sequential(Masked(4, 3))).eval()
+    x = torch.randn(16, 4)
+    assert gm(x).isinf().any()
+    export(gm, x, tmp_path / "m.onnx")
+    with torch.no_grad():
+        gm.get_parameter("0.bias")[0] += 1
+    with pytest.raises(VerificationError, match="disagrees"):
+        verify(tmp_path / "m.onnx", gm, x)

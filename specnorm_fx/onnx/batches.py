@@ -84,7 +84,7 @@ def tensor_names(model: nn.Module, args: tuple[Any, ...], input_names: Sequence[
         input_names: The first of them, where they are given.
 
     Raises:
-        ValueError: ``args`` hold no tensor.
+        ValueError: ``args`` hold no tensor, or there are more names than tensors.
     """
     leaves: Any = pytree.tree_flatten_with_path(args)[0]
     paths = [path for path, leaf in leaves if isinstance(leaf, Tensor)]
@@ -95,7 +95,10 @@ def tensor_names(model: nn.Module, args: tuple[Any, ...], input_names: Sequence[
     for position, *inner in paths:
         name = parameters[position.idx] if position.idx < len(parameters) else f"args_{position.idx}"
         names.append("_".join([name, *(str(getattr(key, "idx", getattr(key, "key", key))) for key in inner)]))
-    return [*(input_names or ()), *names[len(input_names or ()) :]]
+    given = list(input_names or ())
+    if len(given) > len(names):
+        raise ValueError(f"input_names must name {len(names)} inputs at most, got {', '.join(given)}.")
+    return [*given, *names[len(given) :]]
 
 
 def dynamic_dimensions(

@@ -87,8 +87,8 @@ def export(
     Raises:
         ImportError: The extra ``onnx`` is not installed.
         TypeError: ``model`` holds no transformed model.
-        ValueError: Options that exclude each other, or are missing; ``args`` hold no tensor, ``axes`` name
-            none or one that the model fixes, or the exporter cannot write this opset.
+        ValueError: The model has forward hooks; options exclude each other, or are missing; ``args`` hold no
+            tensor, ``axes`` name none or one that the model fixes, or the exporter cannot write this opset.
         RuntimeError: It is in training mode, or torch's exporter fails on it.
         OSError: ``path`` cannot be written.
         VerificationError: The file does not agree with the model; none is left behind.
@@ -97,6 +97,11 @@ def export(
     args = as_batch(args)
     refuse_training(model)
     gm = resolve(model)
+    if gm._forward_hooks or gm._forward_pre_hooks:
+        raise ValueError(
+            f"{type(gm).__name__} has forward hooks, which torch's exporter leaves out. Remove them; or "
+            f"capture the model with them, transform(model, example_inputs=...)."
+        )
     names = tensor_names(gm, args, input_names)
     if dynamic_shapes is not None and (dynamic_batch or axes is not None):
         raise ValueError("export takes dynamic_batch and axes, or dynamic_shapes, not both.")
@@ -147,7 +152,10 @@ def _own(
         "max_rel_error": f"{verification.max_rel_error:.2e}",
     }
     if gm.sites():
-        own["sigmas"] = json.dumps({fqn: float(sigma) for fqn, sigma in sigmas(gm).items()})
+        found = sigmas(gm)
+        # The exporter keeps one name of a tied weight, and not always the first.
+        by_name = {name: float(found[site.fqn]) for site in gm.sites() for name in site.names}
+        own["sigmas"] = json.dumps(by_name)
     return own
 
 

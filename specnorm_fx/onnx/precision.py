@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,8 @@ def checked_calibration(
             "calibration must be given for precision='int8', and for no other: batches of real data, which "
             "decide on the ranges of activations."
         )
-    batches = [as_batch(batch) for batch in calibration or ()]
+    listed = [calibration] if isinstance(calibration, Tensor) else calibration
+    batches = [as_batch(batch) for batch in listed or ()]
     if calibration is not None and not batches:
         raise ValueError("calibration must hold at least one batch, got none.")
     for number, batch in enumerate(batches):
@@ -169,7 +171,14 @@ def quantize(source: Path, written: Path, calibration: list[tuple[Any, ...]], ex
         ValueError: The graph does not run on the calibration data.
     """
     onnx, quantization = require("onnx", "onnxruntime.quantization")
-    inputs = graph_inputs(onnx.load(source, load_external_data=False).graph)
+    graph = onnx.load(source, load_external_data=False).graph
+    inputs = graph_inputs(graph)
+    # Its bias gets one scale for each channel of a group, which fits no graph.
+    grouped = [
+        node.name
+        for node in graph.node
+        if node.op_type == "ConvTranspose" and any(a.name == "group" and a.i > 1 for a in node.attribute)
+    ]
     reader = _Reader(feeds(inputs, batch) for batch in calibration)
     with _quiet_quantizer():
         try:
@@ -179,6 +188,7 @@ def quantize(source: Path, written: Path, calibration: list[tuple[Any, ...]], ex
                 reader,
                 per_channel=True,
                 reduce_range=True,
+                nodes_to_exclude=grouped,
                 use_external_data_format=external_data,
             )
         except Exception as error:  # onnxruntime raises types of its own, directly under Exception
@@ -195,15 +205,19 @@ class _Reader:
         return next(self.fed, None)
 
 
+_one_at_a_time = threading.Lock()
+
+
 @contextlib.contextmanager
 def _quiet_quantizer() -> Iterator[None]:
-    """Without the advice that onnxruntime.quantization gives through the root logger."""
-    root, silent = logging.getLogger(), logging.NullHandler()
-    level = logging.root.manager.disable
-    root.addHandler(silent)  # logging.warning() would configure a root logger that has no handler
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)
-        root.removeHandler(silent)
+    """Without what onnxruntime.quantization advises through the root logger; one thread at a time."""
+    with _one_at_a_time:
+        root, silent = logging.getLogger(), logging.NullHandler()
+        level = logging.root.manager.disable
+        root.addHandler(silent)  # logging.warning() would configure a root logger that has no handler
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+            root.removeHandler(silent)

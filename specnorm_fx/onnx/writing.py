@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from specnorm_fx.onnx.batches import Axes, array, as_dims
 from specnorm_fx.onnx.extra import require
@@ -58,11 +60,16 @@ def write(
     """
     opset_version = opset_for(precision, opset_version)
     convert_(model, args, PRECISIONS[precision])
+    # A tensor that is given twice would become one input; and a dict that comes last, keyword arguments.
+    example = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
+    example = converted(example, torch.float32)
+    if isinstance(example[-1], dict):
+        example = (*example, {})
     try:
         with _quiet_exporter():
             program: Any = torch.onnx.export(
                 model,
-                converted(args, torch.float32),
+                example,
                 dynamo=True,
                 verbose=False,
                 dynamic_shapes=as_dims(args, free) if any(free) else dynamic_shapes,
@@ -75,7 +82,7 @@ def write(
         raise RuntimeError(
             f"{type(model).__name__} cannot be written by the exporter of torch {torch.__version__}: {why}"
         ) from error
-    _refuse_changed(program.model, free, opset_version)
+    _refuse_changed(program.model, free, opset_version, dynamic_shapes)
     if precision == "bf16":
         round_folded_(program.model)
     _name_initializers_(program.model, model)
@@ -106,7 +113,7 @@ def append_metadata(written: Path, metadata: Mapping[str, str]) -> None:
         file.write(onnx.ModelProto(metadata_props=props).SerializeToString(deterministic=True))
 
 
-def _refuse_changed(model: Any, free: Axes, opset_version: int | None) -> None:
+def _refuse_changed(model: Any, free: Axes, opset_version: int | None, dynamic_shapes: Any) -> None:
     """The exporter fixes a dimension that the model does not leave free, and keeps its own opset."""
     for value, dims in zip(model.graph.inputs, free, strict=False):
         if fixed := [dim for dim in dims if isinstance(value.shape[dim], int)]:
@@ -114,6 +121,14 @@ def _refuse_changed(model: Any, free: Axes, opset_version: int | None) -> None:
                 f"Dynamic dimensions must be free in the model, and dimension {fixed[0]} of {value.name!r} "
                 f"is always {value.shape[fixed[0]]} there. Leave it out of axes and dynamic_batch."
             )
+    dim: Any = torch.export.Dim
+    asked = [x for x in pytree.tree_leaves(dynamic_shapes) if isinstance(x, dim) or x is dim.DYNAMIC]
+    left = [x for value in model.graph.inputs for x in value.shape if not isinstance(x, int)]
+    if len(left) < len(asked):
+        raise ValueError(
+            f"Dynamic dimensions must be free in the model, and of the {len(asked)} in dynamic_shapes "
+            f"{len(asked) - len(left)} have one size there. Leave them out."
+        )
     if opset_version not in (None, model.opset_imports[""]):
         raise ValueError(
             f"opset_version={opset_version} cannot be had for this model: the exporter of torch "
@@ -145,29 +160,36 @@ def _drop_stack_traces_(model: Any) -> None:
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
 
 
+_one_at_a_time = threading.Lock()
+
+
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without what torch.onnx says about itself: each message here was seen with torch 2.13."""
-    loggers = [
-        logging.getLogger(name)
-        for name in (
-            "torch.onnx._internal.exporter._registration",  # "torchvision is not installed. Skipping ..."
-            "torch.onnx._internal.exporter._compat",  # an opset that it cannot convert to, with traceback
-            "onnxscript.version_converter",
-            "onnxscript.version_converter._version_converter",
-        )
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            # The exporter uses what torch.utils._pytree has deprecated.
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            # Several inputs with one name for a dimension share it, which is meant.
-            warnings.filterwarnings("ignore", message="# The axis name: .* will not be used")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    """Without what torch.onnx says about itself: each message here was seen with torch 2.13.
+
+    One thread at a time: these are settings of the process, and so are some of the exporter's own.
+    """
+    with _one_at_a_time:
+        loggers = [
+            logging.getLogger(name)
+            for name in (
+                "torch.onnx._internal.exporter._registration",  # "torchvision is not installed. Skipping ..."
+                "torch.onnx._internal.exporter._compat",  # an opset that it cannot convert to, with traceback
+                "onnxscript.version_converter",
+                "onnxscript.version_converter._version_converter",
+            )
+        ]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            with warnings.catch_warnings():
+                # The exporter uses what torch.utils._pytree has deprecated.
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.simplefilter("ignore", DeprecationWarning)
+                # Several inputs with one name for a dimension share it, which is meant.
+                warnings.filterwarnings("ignore", message="# The axis name: .* will not be used")
+                yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
