@@ -235,7 +235,16 @@ def symbolic_trace(model: nn.Module) -> fx.Graph:
     Raises:
         TraceError: The forward cannot be followed, or takes another path in eval mode than in training
             mode; the message names the line.
+        ValueError: A hook on the calls of the model is one of its methods.
     """
+    hooks = (hook for name in _CALL_HOOKS for hook in vars(model)[name].values())
+    if bound := [hook.__name__ for hook in hooks if getattr(hook, "__self__", None) is model]:
+        # The model's class, and with it its methods, gives way to the graph's.
+        raise ValueError(
+            f"{type(model).__name__} has {bound[0]!r}, a method of its own, as a hook, which would go on "
+            f"with the model as it is now. Register a function, which is given the module, or give transform "
+            f"example_inputs."
+        )
     # A trace may leave proxies and constants on what it runs, so each mode runs on a copy of its own.
     (copied, graph), (_, evaluation) = (_trace(share(model), mode) for mode in (True, False))
     lines = [g.python_code("self").src.splitlines() for g in (graph, evaluation)]
@@ -489,23 +498,6 @@ def _opaque_parents(weight: Weight, model: nn.Module, graph: fx.Graph) -> list[s
         for depth in range(1, len(parts))
     )
     return [f"{p!r} ({type(model.get_submodule(p)).__name__})" for p in parents if p in called]
-
-
-def refuse_bound_hooks(model: nn.Module) -> None:
-    """The class of the model, and with it its methods, gives way to the graph's.
-
-    Args:
-        model: Before it is captured.
-
-    Raises:
-        ValueError: A hook on its calls is one of its methods.
-    """
-    hooks = (hook for name in _CALL_HOOKS for hook in vars(model)[name].values())
-    if bound := [hook.__name__ for hook in hooks if getattr(hook, "__self__", None) is model]:
-        raise ValueError(
-            f"{type(model).__name__} has {bound[0]!r}, a method of its own, as a hook, which would go on "
-            f"with the model as it is now. Register a function, which is given the module."
-        )
 
 
 def inline(node: fx.Node, model: nn.Module) -> None:

@@ -153,8 +153,6 @@ class SpectralNormPass(PassBase):
         """As `call`, for a model that has not been traced yet as well: ``trace`` makes its graph."""
         # 1. A copy of the structure that shares the tensors: whatever fails below, `model` is whole.
         root = capture.share(model)
-        if not isinstance(root, fx.GraphModule):
-            capture.refuse_bound_hooks(root)
 
         # 2. Torch's own spectral norm on selected weights is taken off the copy.
         adopted = self._adopt_(root)
