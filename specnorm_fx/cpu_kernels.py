@@ -252,7 +252,7 @@ class _Plan:
         ns = [math.prod(shape) // m for (shape, *_), m in zip(weights, ms, strict=True)]
         self.sizes = [size for pair in zip(ms, ns, strict=True) for size in pair]
         self.size = sum(self.sizes)
-        self.is_dense = all(_is_dense(shape, stride) for shape, stride, *_ in weights)
+        self.is_dense = all(reference.is_dense(shape, stride) for shape, stride, *_ in weights)
         self._starts = [0, *itertools.accumulate(self.sizes)][:-1]
 
     def addresses(self, vectors: Tensor) -> tuple[list[int], list[int]]:
@@ -260,16 +260,6 @@ class _Plan:
         address, size = vectors.data_ptr(), vectors.element_size()
         found = [address + start * size for start in self._starts]
         return found[::2], found[1::2]
-
-
-def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    expected = 1
-    for step, size in sorted(zip(stride, shape, strict=True)):
-        if size > 1:
-            if step != expected:
-                return False
-            expected *= size
-    return True
 
 
 def _planned(

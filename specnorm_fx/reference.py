@@ -21,6 +21,7 @@ for unit ``u``, ``v`` and a weight above ``eps``): the same operations in the sa
 """
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ __all__ = [
     "direction",
     "gradient",
     "initial_vectors",
+    "is_dense",
     "normalized",
     "normalized_backward",
     "power_iteration",
@@ -397,6 +399,23 @@ def residual(weight_mat: Tensor, u: Tensor, v: Tensor, eps: float) -> tuple[Tens
     gap_v = (product(weight_mat.H, u) - value.conj() * v).norm()
     size = value.abs()
     return size, torch.where(size <= eps, 0, torch.maximum(gap_u, gap_v) / size)  # NaN stays NaN
+
+
+@functools.lru_cache(maxsize=4096)
+def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether a tensor fills its memory: no gaps between its elements, and no two in one place.
+
+    Args:
+        shape: Of the tensor.
+        stride: Likewise.
+    """
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1:
+            if step != expected:
+                return False
+            expected *= size
+    return True
 
 
 def autocast_off(device_type: str) -> contextlib.AbstractContextManager[None]:

@@ -229,8 +229,8 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` holds no transformed model.
     """
-    rows = []
-    for fqn, site in sites_of(model).items():
+    rows, sites = [], sites_of(model)
+    for fqn, site in sites.items():
         sigma, residual = reference.residual(site.matrix(), *site.vectors(), site.config.eps)
         whole = reference.weight_matrix(sharded.full(site.weight.detach()), site.config.dim or 0)
         if whole.isfinite().all():
@@ -242,5 +242,5 @@ def report(model: nn.Module) -> Report:
     skipped = {fqn: why for fqn, _, why in skipped_weights(model)}
     for prefix, gm in transformed(model).items():
         computed = {prefix + fqn: why for fqn, why in capture.computed_weights(gm).items()}
-        skipped |= {fqn: why for fqn, why in computed.items() if fqn not in sites_of(model)}
+        skipped |= {fqn: why for fqn, why in computed.items() if fqn not in sites}
     return Report(tuple(rows), skipped)

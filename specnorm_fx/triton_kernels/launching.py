@@ -20,7 +20,7 @@ from torch import Tensor
 from specnorm_fx import reference
 from specnorm_fx.triton_kernels.gradient import dot_kernel, gradient_kernel
 from specnorm_fx.triton_kernels.iteration import finish_kernel, pass_kernel, reduce_kernel
-from specnorm_fx.triton_kernels.layout import Weight, is_dense
+from specnorm_fx.triton_kernels.layout import Weight
 from specnorm_fx.triton_kernels.tables import backward_plan, forward_plan
 
 __all__ = ["normalize", "normalize_backward", "power_iteration", "start"]
@@ -331,7 +331,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def _dense(weight: Tensor) -> Tensor:
     """The weight, or a copy without gaps."""
-    if weight.is_contiguous() or is_dense(weight.shape, weight.stride()):
+    if weight.is_contiguous() or reference.is_dense(weight.shape, weight.stride()):
         return weight
     return weight.contiguous()
 

@@ -3,11 +3,10 @@
 A dimension of the matrix is below 2^31, the weight as a whole need not be.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
-__all__ = ["Axis", "Weight", "is_dense"]
+__all__ = ["Axis", "Weight"]
 
 
 class Axis(NamedTuple):
@@ -91,14 +90,3 @@ class Weight(NamedTuple):
 def _columns_inside(rows: Axis, columns: Axis) -> bool:
     """The columns are what is contiguous, not the rows."""
     return rows.size == 1 or (columns.size > 1 and columns.stride[1] < rows.stride[1])
-
-
-@functools.lru_cache(maxsize=4096)
-def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether no element of memory lies between those of the tensor.
-
-    Args:
-        shape: Of the tensor.
-        stride: Likewise.
-    """
-    return sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 == math.prod(shape)
