@@ -44,14 +44,17 @@ typedef struct {
     int64_t by_rows;      /* iterate: start from the vector of the columns (1) or of the rows (0) */
     int64_t iterations;   /* 0: the vectors at unit length; -1: as they are */
     int64_t taps, channels;  /* of W / sigma in channels_last, whose gradient is to be contiguous; or 0 */
+    int64_t transposed;   /* u is the vector of the columns and v that of the rows (1), or the reverse (0) */
+    int64_t u_at, v_at;   /* where they stand among the vectors of all sites */
+    const int64_t *places;  /* where in the column vector each column stands, or NULL */
     double eps;
 } site;
 
-/* The tensors of a site. `places`, or NULL: where in the column vector each column stands. */
+/* The tensors of a site. Forward: W, its old vectors and its new ones, and W / sigma. Backward: W / sigma, its
+   vectors, G or NULL, and the gradient of W. */
 typedef struct {
-    const void *weight, *row_vector, *column_vector;
+    const void *weight, *row_vector, *column_vector, *grad;
     void *new_row_vector, *new_column_vector, *result;
-    const int64_t *places;
 } tensors;
 
 static int64_t at_least(int64_t x, int64_t least) { return x > least ? x : least; }
@@ -177,11 +180,12 @@ VECTORISED static void NAME(pass_by_rows)(const site *s, const REAL *weight, int
     }
 }
 
-/* y = M^T x for the columns [first, last) of some groups, and z = M y for these columns. */
+/* y = M^T x for the columns [first, last) of some groups, and z = M y for these columns. Of z each group has a few
+   products alone, and there may be thousands of groups. */
 VECTORISED static void NAME(pass_by_columns)(const site *s, const REAL *weight, int64_t first_group,
                                              int64_t last_group, int64_t first, int64_t last, const REAL *x,
-                                             REAL *y, REAL *z) {
-    memset(z, 0, s->rows * sizeof(REAL));
+                                             REAL *y, double *z) {
+    for (int64_t r = 0; r < s->rows; r++) z[r] = 0;
     for (int64_t g = first_group; g < last_group; g++) {
         const REAL *wg = weight + g * s->group_stride;
         REAL *yg = y + g * s->width;
@@ -261,7 +265,9 @@ static void NAME(store_column_vector)(const REAL *from, double length, REAL *to,
 
 /* What a site works on: vectors of the rows and of the columns, and the partial sums of one of them. */
 typedef struct {
-    REAL *row_vector, *column_vector, *partial;
+    REAL *row_vector, *column_vector;
+    REAL *of_columns;  /* partial sums of the column vector, by rows */
+    double *of_rows;   /* or those of the row vector, by columns */
     int64_t left;    /* iterations still to do */
     int64_t blocks;  /* of this pass, still to do */
 } NAME(work);
@@ -271,11 +277,11 @@ static void NAME(run_block)(const site *s, const tensors *t, NAME(work) *work, i
     const int64_t columns = columns_of(s);
     if (s->iterations <= 0 || s->by_rows) {
         int64_t step = row_step(s), first = block * step, last = at_most(first + step, s->rows);
-        REAL *partial = s->iterations > 0 ? work->partial + block * columns : NULL;
+        REAL *partial = s->iterations > 0 ? work->of_columns + block * columns : NULL;
         NAME(pass_by_rows)(s, weight, first, last, work->column_vector, work->row_vector, partial);
         return;
     }
-    REAL *partial = work->partial + block * s->rows;
+    double *partial = work->of_rows + block * s->rows;
     int64_t step = column_step(s), per_group = steps_in_width(s);
     int64_t groups = step >= s->width ? step / s->width : 1;
     int64_t first_group = block / per_group * groups, first = block % per_group * step;
@@ -303,8 +309,14 @@ static int NAME(finish_pass)(const site *s, const tensors *t, NAME(work) *work, 
     REAL *first = s->by_rows ? work->row_vector : work->column_vector;
     REAL *second = s->by_rows ? work->column_vector : work->row_vector;
     int64_t first_size = s->by_rows ? rows : columns, second_size = s->by_rows ? columns : rows;
-    memcpy(second, work->partial, second_size * sizeof(REAL));
-    for (int64_t k = 1; k < blocks; k++) NAME(add)(work->partial + k * second_size, second, second_size);
+    if (s->by_rows) {
+        memcpy(second, work->of_columns, columns * sizeof(REAL));
+        for (int64_t k = 1; k < blocks; k++) NAME(add)(work->of_columns + k * columns, second, columns);
+    } else {
+        for (int64_t k = 1; k < blocks; k++)
+            for (int64_t r = 0; r < rows; r++) work->of_rows[r] += work->of_rows[k * rows + r];
+        for (int64_t r = 0; r < rows; r++) second[r] = (REAL)work->of_rows[r];
+    }
     double there = sqrt(NAME(inner)(first, first, first_size));
     double back = sqrt(NAME(inner)(second, second, second_size));
     int plain = there > SHORTEST && there < LONGEST && back > SHORTEST && back < LONGEST;  /* false for NaN */
@@ -315,7 +327,7 @@ static int NAME(finish_pass)(const site *s, const tensors *t, NAME(work) *work, 
         return 1;
     }
     NAME(divide)(work->row_vector, (REAL)(s->by_rows ? there : back), t->new_row_vector, rows);
-    NAME(store_column_vector)(work->column_vector, s->by_rows ? back : there, t->new_column_vector, t->places,
+    NAME(store_column_vector)(work->column_vector, s->by_rows ? back : there, t->new_column_vector, s->places,
                               columns);
     return 1;
 }
@@ -324,19 +336,22 @@ static int NAME(normalize_batch)(const site *sites, const tensors *all, int64_t 
                                  int64_t divides, double *sigmas, int8_t *done) {
     int64_t *starts = malloc((count + 1) * sizeof(int64_t)), *chunks = malloc((count + 1) * sizeof(int64_t));
     NAME(work) *work = malloc(count * sizeof(NAME(work)));
-    int64_t total = 0, rounds = 1, elements = 0;
+    int64_t total = 0, doubles = 1, rounds = 1, elements = 0;
     for (int64_t k = 0; k < count; k++) {
         const site *s = sites + k;
-        total += s->rows + columns_of(s) + blocks_of(s) * (s->by_rows ? columns_of(s) : s->rows);
+        total += s->rows + columns_of(s) + (s->by_rows ? blocks_of(s) * columns_of(s) : 0);
+        doubles += s->by_rows ? 0 : blocks_of(s) * s->rows;
         rounds = at_least(rounds, s->iterations);
         elements += size_of(s);
     }
     REAL *scratch = malloc(total * sizeof(REAL));
-    if (!starts || !chunks || !work || !scratch) {
-        free(starts), free(chunks), free(work), free(scratch);
+    double *double_scratch = malloc(doubles * sizeof(double));
+    if (!starts || !chunks || !work || !scratch || !double_scratch) {
+        free(starts), free(chunks), free(work), free(scratch), free(double_scratch);
         return 0;
     }
     REAL *next = scratch;
+    double *next_double = double_scratch;
     starts[0] = chunks[0] = 0;
     for (int64_t k = 0; k < count; k++) {
         const site *s = sites + k;
@@ -346,9 +361,10 @@ static int NAME(normalize_batch)(const site *sites, const tensors *all, int64_t 
         chunks[k + 1] = chunks[k] + parts(size_of(s), BLOCK);
         work[k].row_vector = next, next += s->rows;
         work[k].column_vector = next, next += columns_of(s);
-        work[k].partial = next, next += work[k].blocks * (s->by_rows ? columns_of(s) : s->rows);
+        work[k].of_columns = next, next += s->by_rows ? work[k].blocks * columns_of(s) : 0;
+        work[k].of_rows = next_double, next_double += s->by_rows ? 0 : work[k].blocks * s->rows;
         if (s->by_rows || s->iterations <= 0)
-            NAME(copy_column_vector)(all[k].column_vector, work[k].column_vector, all[k].places, columns_of(s));
+            NAME(copy_column_vector)(all[k].column_vector, work[k].column_vector, s->places, columns_of(s));
         else
             memcpy(work[k].row_vector, all[k].row_vector, s->rows * sizeof(REAL));
         done[k] = 1;
@@ -380,7 +396,7 @@ static int NAME(normalize_batch)(const site *sites, const tensors *all, int64_t 
             NAME(divide)((const REAL *)all[k].weight + first, divisor, (REAL *)all[k].result + first, size);
         }
     }
-    free(starts), free(chunks), free(work), free(scratch);
+    free(starts), free(chunks), free(work), free(scratch), free(double_scratch);
     return 1;
 }
 
@@ -391,8 +407,8 @@ static int NAME(backward_batch)(const site *sites, const tensors *all, int64_t c
     chunks[0] = starts[0] = 0;
     for (int64_t k = 0; k < count; k++) {
         const site *s = sites + k;
-        chunks[k + 1] = chunks[k] + parts(size_of(s), BLOCK);
-        starts[k + 1] = starts[k] + parts(s->rows, gradient_step(s));
+        chunks[k + 1] = chunks[k] + (all[k].grad ? parts(size_of(s), BLOCK) : 0);
+        starts[k + 1] = starts[k] + (all[k].grad ? parts(s->rows, gradient_step(s)) : 0);
         vectors += columns_of(s);
     }
     double *products = malloc(chunks[count] * sizeof(double));
@@ -404,7 +420,7 @@ static int NAME(backward_batch)(const site *sites, const tensors *all, int64_t c
     REAL *next = scratch;
     for (int64_t k = 0; k < count; k++) {
         column_vectors[k] = next, next += columns_of(sites + k);
-        NAME(copy_column_vector)(all[k].column_vector, column_vectors[k], all[k].places, columns_of(sites + k));
+        NAME(copy_column_vector)(all[k].column_vector, column_vectors[k], sites[k].places, columns_of(sites + k));
     }
     threads = at_most(threads, at_least(chunks[count], 1));
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -413,14 +429,13 @@ static int NAME(backward_batch)(const site *sites, const tensors *all, int64_t c
         for (int64_t c = 0; c < chunks[count]; c++) {
             int64_t k = find(chunks, count, c), first = (c - chunks[k]) * BLOCK;
             int64_t size = at_most(BLOCK, size_of(sites + k) - first);
-            products[c] = NAME(inner)((const REAL *)all[k].new_row_vector + first,
-                                      (const REAL *)all[k].weight + first, size);
+            products[c] = NAME(inner)((const REAL *)all[k].grad + first, (const REAL *)all[k].weight + first, size);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t b = 0; b < starts[count]; b++) {
             int64_t k = find(starts, count, b);
             const site *s = sites + k;
-            const REAL *grad = all[k].new_row_vector, *row_vector = all[k].row_vector;
+            const REAL *grad = all[k].grad, *row_vector = all[k].row_vector;
             REAL *result = all[k].result;
             double product = 0, sigma = sigmas[k];
             for (int64_t c = chunks[k]; c < chunks[k + 1]; c++) product += products[c];
@@ -445,27 +460,54 @@ static int NAME(backward_batch)(const site *sites, const tensors *all, int64_t c
     return 1;
 }
 
-/* Sites for which 0 is put into `done` are the caller's. Returns 0 if there is no memory. */
-int NAME(normalize)(const site *sites, const tensors *all, int64_t count, int64_t threads, int64_t divides,
-                    double *sigmas, int8_t *done) {
-    for (int64_t first = 0, last; first < count; first = last) {
-        last = batch_end(sites, count, first, sizeof(REAL));
-        if (!NAME(normalize_batch)(sites + first, all + first, last - first, threads, divides, sigmas + first,
-                                   done + first))
-            return 0;
+/* `addresses`: of all W, all u, all v and, if it divides, all W / sigma. Sites for which 0 is put into `done` are
+   the caller's. Returns 0 if there is no memory. */
+int NAME(normalize)(const site *sites, void *const *addresses, int64_t count, int64_t threads, int64_t divides,
+                    REAL *vectors, double *sigmas, int8_t *done) {
+    tensors *all = malloc(count * sizeof(tensors));
+    if (!all) return 0;
+    for (int64_t k = 0; k < count; k++) {
+        const void *u = addresses[count + k], *v = addresses[2 * count + k];
+        REAL *new_u = vectors + sites[k].u_at, *new_v = vectors + sites[k].v_at;
+        const int transposed = (int)sites[k].transposed;
+        all[k] = (tensors){.weight = addresses[k],
+                           .row_vector = transposed ? v : u,
+                           .column_vector = transposed ? u : v,
+                           .new_row_vector = transposed ? new_v : new_u,
+                           .new_column_vector = transposed ? new_u : new_v,
+                           .result = divides ? addresses[3 * count + k] : NULL};
     }
-    return 1;
+    int has_memory = 1;
+    for (int64_t first = 0, last; has_memory && first < count; first = last) {
+        last = batch_end(sites, count, first, sizeof(REAL));
+        has_memory = NAME(normalize_batch)(sites + first, all + first, last - first, threads, divides,
+                                           sigmas + first, done + first);
+    }
+    free(all);
+    return has_memory;
 }
 
-/* (G - <G, W / sigma> u v^T) / sigma; `tensors` hold W / sigma as the weight, u and v as row and column vector,
-   the result, and G in the place of new_row_vector. Returns 0 if there is no memory. */
-int NAME(normalize_backward)(const site *sites, const tensors *all, int64_t count, int64_t threads,
-                             const double *sigmas) {
-    for (int64_t first = 0, last; first < count; first = last) {
-        last = batch_end(sites, count, first, sizeof(REAL));
-        if (!NAME(backward_batch)(sites + first, all + first, last - first, threads, sigmas + first)) return 0;
+/* (G - <G, W / sigma> u v^T) / sigma. `addresses`: of all W / sigma, all G and all results, the latter two NULL
+   where there is no gradient. Returns 0 if there is no memory. */
+int NAME(normalize_backward)(const site *sites, void *const *addresses, int64_t count, int64_t threads,
+                             const REAL *vectors, const double *sigmas) {
+    tensors *all = malloc(count * sizeof(tensors));
+    if (!all) return 0;
+    for (int64_t k = 0; k < count; k++) {
+        const REAL *u = vectors + sites[k].u_at, *v = vectors + sites[k].v_at;
+        all[k] = (tensors){.weight = addresses[k],
+                           .row_vector = sites[k].transposed ? v : u,
+                           .column_vector = sites[k].transposed ? u : v,
+                           .grad = addresses[count + k],
+                           .result = addresses[2 * count + k]};
     }
-    return 1;
+    int has_memory = 1;
+    for (int64_t first = 0, last; has_memory && first < count; first = last) {
+        last = batch_end(sites, count, first, sizeof(REAL));
+        has_memory = NAME(backward_batch)(sites + first, all + first, last - first, threads, sigmas + first);
+    }
+    free(all);
+    return has_memory;
 }
 
 #endif

@@ -10,7 +10,6 @@ sigma whose powers leave the range of fp32) is left to the reference, weight by 
 import ctypes
 import functools
 import importlib.util
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,8 +30,8 @@ class _Site(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "groups", "width", "row_stride", "group_stride")),
-        ("by_rows", ctypes.c_int64),
-        *((name, ctypes.c_int64) for name in ("iterations", "taps", "channels")),
+        *((name, ctypes.c_int64) for name in ("by_rows", "iterations", "taps", "channels", "transposed")),
+        *((name, ctypes.c_int64) for name in ("u_at", "v_at", "places")),
         ("eps", ctypes.c_double),
     ]
 
@@ -48,7 +47,13 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     spec = importlib.util.find_spec("specnorm_fx._cpu_kernels")
     assert spec is not None
     # It runs without the GIL, and on the OpenMP threads that PyTorch has started already.
-    return getattr(ctypes.CDLL(spec.origin), f"{name}_{'float' if dtype == torch.float32 else 'double'}")
+    library = ctypes.CDLL(spec.origin)
+    function = getattr(library, f"{name}_{'float' if dtype == torch.float32 else 'double'}")
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    # sites, addresses, their number, threads; what follows.
+    rest = [number, pointer, pointer, pointer] if name == "normalize" else [pointer, pointer]
+    function.argtypes = [pointer, pointer, number, number, *rest]
+    return function
 
 
 def normalize(
@@ -138,31 +143,12 @@ def normalize_backward(
         None if grad is None else torch.empty(w.shape, dtype=w.dtype) if turned else torch.empty_like(w)
         for grad, w, turned in zip(grads, weights, plan.turned, strict=True)
     ]
-    wanted = [k for k, grad in enumerate(grads) if grad is not None]
-    sites = (
-        plan.sites if len(wanted) == len(weights) else (_Site * len(wanted))(*[plan.sites[k] for k in wanted])
-    )
-    of_wanted = sigmas if len(wanted) == len(weights) else sigmas[wanted]
-    us, vs = plan.addresses(vectors)
-    aligned: list[Tensor] = []
-    pointers: list[int] = []
-    for k in wanted:
-        grad: Any = grads[k]
-        if grad.stride() != weights[k].stride():
-            grad = torch.empty_like(weights[k]).copy_(grad)
-        aligned.append(grad)  # alive until the call is over
-        row, column = (vs[k], us[k]) if plan.transposed[k] else (us[k], vs[k])
-        result: Any = results[k]
-        pointers += (
-            weights[k].data_ptr(),
-            row,
-            column,
-            grad.data_ptr(),
-            0,
-            result.data_ptr(),
-            plan.places[k],
-        )
-    _call("normalize_backward", vectors.dtype, sites, pointers, of_wanted.data_ptr())
+    aligned = [
+        grad if grad is None or grad.stride() == w.stride() else torch.empty_like(w).copy_(grad)
+        for grad, w in zip(grads, weights, strict=True)
+    ]
+    addresses = [0 if x is None else x.data_ptr() for x in (*weights, *aligned, *results)]
+    _call("normalize_backward", vectors.dtype, plan.sites, addresses, vectors.data_ptr(), sigmas.data_ptr())
     return [
         x.contiguous() if x is not None and wants else x for x, wants in zip(results, contiguous, strict=True)
     ]
@@ -181,48 +167,30 @@ def _run(
     plan, weights = _planned(weights, dims, orders, n_power_iterations, eps, [False] * len(weights))
     dtype = weights[0].dtype
     stored = [x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous() for x in (*us, *vs)]
-    given = [size for pair in zip(us, vs, strict=True) for size in map(Tensor.numel, pair)]
-    if given != plan.sizes:
+    if (given := [x.numel() for x in stored]) != plan.sizes:
         raise ValueError(f"u and v have {given} elements and need {plan.sizes}.")
     vectors = stored[0].new_empty(plan.size)
-    sigmas = vectors.new_empty(len(weights), dtype=torch.float64)
+    sigmas = stored[0].new_empty(len(weights), dtype=torch.float64)
     results = [torch.empty_like(weight) for weight in weights] if divides else []
     done = (ctypes.c_int8 * len(weights))()
-
-    old = [x.data_ptr() for x in stored]
-    columns = (
-        [weight.data_ptr() for weight in weights],
-        old[: len(us)],
-        old[len(us) :],
-        *plan.addresses(vectors),
-        [result.data_ptr() for result in results] if divides else [0] * len(weights),
-        plan.places,
-        plan.transposed,
-    )
-    pointers: list[int] = []
-    for weight, u, v, new_u, new_v, result, places, transposed in zip(*columns, strict=True):
-        pointers += (weight, v, u, new_v, new_u) if transposed else (weight, u, v, new_u, new_v)
-        pointers += (result, places)
-    _call("normalize", dtype, plan.sites, pointers, int(divides), sigmas.data_ptr(), done)
-
+    addresses = [x.data_ptr() for x in (*weights, *stored, *results)]
+    _call("normalize", dtype, plan.sites, addresses, divides, vectors.data_ptr(), sigmas.data_ptr(), done)
     if 0 in done:
-        new = vectors.split(plan.sizes)
-        for k in (k for k, is_done in enumerate(done) if not is_done):
-            site = (n_power_iterations[k], eps[k], dims[k])
-            pair = reference.singular_vectors(weights[k], us[k], vs[k], *site, orders[k])
-            new[2 * k].copy_(pair[0])
-            new[2 * k + 1].copy_(pair[1])
-            sigmas[k] = reference.sigma(reference.weight_matrix(weights[k], dims[k]), *pair)
-            if divides:
-                results[k].copy_(reference.normalized(weights[k], *pair, eps[k], dims[k]))
+        with reference.autocast_off("cpu"):
+            for k in (k for k, is_done in enumerate(done) if not is_done):
+                options = (n_power_iterations[k], eps[k], dims[k], orders[k])
+                pair = reference.singular_vectors(weights[k], us[k], vs[k], *options)
+                for at, x in zip((plan.sites[k].u_at, plan.sites[k].v_at), pair, strict=True):
+                    vectors[at : at + x.numel()] = x
+                sigmas[k] = reference.sigma(reference.weight_matrix(weights[k], dims[k]), *pair)
+                if divides:
+                    results[k].copy_(reference.normalized(weights[k], *pair, eps[k], dims[k]))
     return vectors, sigmas, results
 
 
-def _call(name: str, dtype: torch.dtype, sites: Any, pointers: list[int], *others: Any) -> None:
-    packed = (ctypes.c_int64 * len(pointers))(*pointers)
-    count, threads = ctypes.c_int64(len(sites)), ctypes.c_int64(torch.get_num_threads())
-    rest = [ctypes.c_int64(x) if isinstance(x, int) else x for x in others]
-    if not _function(name, dtype)(sites, packed, count, threads, *rest):
+def _call(name: str, dtype: torch.dtype, sites: Any, addresses: list[int], *others: Any) -> None:
+    packed = (ctypes.c_int64 * len(addresses))(*addresses)
+    if not _function(name, dtype)(sites, packed, len(sites), torch.get_num_threads(), *others):
         raise MemoryError(f"{name} of {len(sites)} weights found no memory for their singular vectors.")
 
 
@@ -230,36 +198,29 @@ class _Plan:
     """What follows from the shapes alone.
 
     Attributes:
-        sites: The weights, as the C code takes them.
-        transposed: Whether the rows of the matrix in memory are v's.
+        sites: The weights, as the C code takes them; valid as long as the plan lives.
         turned: Whether the gradient is stored contiguous, though the weight is not.
-        places: The address of `_places` of each, or 0; valid as long as the plan lives.
-        sizes: Elements of u and v of each weight in turn.
+        sizes: Elements of every u, then of every v.
         size: Of all together.
         is_dense: Whether no weight has gaps between its elements, or elements in one place.
     """
 
     def __init__(self, weights: Sequence[tuple[Any, ...]]) -> None:
         layouts = [_layout(*weight) for weight in weights]
-        self.sites = (_Site * len(layouts))(*[site for site, _, _ in layouts])
-        self.transposed = [transposed for _, transposed, _ in layouts]
-        self.turned = [site.channels > 0 for site, _, _ in layouts]
+        self.sites = (_Site * len(layouts))(*[site for site, _ in layouts])
+        self.turned = [site.channels > 0 for site in self.sites]
         # Kept, and not left to the cache of `_places`: of two threads that fill it at once the second throws
         # out what the first has taken.
-        self._places = [places for _, _, places in layouts]
-        self.places = [0 if places is None else places.data_ptr() for places in self._places]
+        self._places = [places for _, places in layouts]
         ms = [shape[dim] for shape, _, dim, *_ in weights]
         ns = [math.prod(shape) // m for (shape, *_), m in zip(weights, ms, strict=True)]
-        self.sizes = [size for pair in zip(ms, ns, strict=True) for size in pair]
-        self.size = sum(self.sizes)
+        self.sizes = [*ms, *ns]
+        self.size = 0
+        for site, places, m, n in zip(self.sites, self._places, ms, ns, strict=True):
+            site.u_at, site.v_at = self.size, self.size + m
+            site.places = 0 if places is None else places.data_ptr()
+            self.size += m + n
         self.is_dense = all(reference.is_dense(shape, stride) for shape, stride, *_ in weights)
-        self._starts = [0, *itertools.accumulate(self.sizes)][:-1]
-
-    def addresses(self, vectors: Tensor) -> tuple[list[int], list[int]]:
-        """Where each u and each v stands in ``vectors``."""
-        address, size = vectors.data_ptr(), vectors.element_size()
-        found = [address + start * size for start in self._starts]
-        return found[::2], found[1::2]
 
 
 def _planned(
@@ -291,8 +252,8 @@ def _layout(
     iterations: int,
     eps: float,
     contiguous: bool,
-) -> tuple[_Site, bool, Tensor | None]:
-    """A weight as the matrix that it is in memory: its form, whether that is transposed, and `_places`.
+) -> tuple[_Site, Tensor | None]:
+    """A weight as the matrix that it is in memory, and `_places`.
 
     With ``contiguous`` the gradient is to be that, whatever the weight is.
 
@@ -314,9 +275,9 @@ def _layout(
     if not (contiguous and is_channels_last and (is_transposed or a == 1)):
         taps = channels = 0
     if is_transposed:
-        return _Site(a, 1, m, m, 0, order == "vu", iterations, taps, channels, eps), True, None
-    site = _Site(m, a, b, b, m * b, order == "uv", iterations, taps, channels, eps)
-    return site, False, places
+        return _Site(a, 1, m, m, 0, order == "vu", iterations, taps, channels, True, eps=eps), None
+    site = _Site(m, a, b, b, m * b, order == "uv", iterations, taps, channels, False, eps=eps)
+    return site, places
 
 
 @functools.lru_cache(maxsize=256)

@@ -152,14 +152,14 @@ class _Way(NamedTuple):
 def _normalize_together(
     weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *options: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    vectors, _, normalized = ops.call(ops.normalize, weights, us, vs, *options, True)
+    vectors, _, normalized = ops.normalize(weights, us, vs, *options, True)
     return *ops.split(vectors, weights, options[2]), normalized
 
 
 def _iterate_together(
     weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *options: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    vectors, _ = ops.call(ops.power_iteration, weights, us, vs, *options)
+    vectors, _ = ops.power_iteration(weights, us, vs, *options)
     return ops.split(vectors, weights, options[2])
 
 
@@ -170,7 +170,7 @@ def _normalize_by_reference(
     _, eps, dims, _ = options
     with torch.no_grad():
         stored = [weight.detach() for weight in weights]
-        new_us, new_vs = ops.call(ops.singular_vectors, stored, us, vs, *options, True)
+        new_us, new_vs = ops.singular_vectors(stored, us, vs, *options, True)
     sites = zip(weights, new_us, new_vs, eps, dims, strict=True)
     return new_us, new_vs, [reference.normalized(*site) for site in sites]
 

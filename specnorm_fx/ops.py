@@ -28,12 +28,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    DispatchKey,
+    _are_functorch_transforms_active,
+    _current_graph_task_id,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from specnorm_fx import cpu_kernels, reference
 
 __all__ = [
-    "call",
     "groups",
     "normalize",
     "power_iteration",
@@ -51,39 +60,6 @@ ARGUMENTS = (
     "Tensor[] weights, Tensor[] us, Tensor[] vs, int[] n_power_iterations, float[] eps, int[] dims, "
     "str[] orders"
 )
-
-
-def call(operator: Any, tensors: Sequence[Tensor | None], *arguments: Any) -> Any:
-    """An operator, without the dispatcher where nothing but the dispatcher would see it: in eager mode.
-
-    It turns seven lists over twice on the way to a function that stands in Python: an eighth of the time that
-    seven weights take, forward and backward (MLP 6 x 256).
-
-    Args:
-        operator: One of this file.
-        tensors: Its first argument.
-        *arguments: The others.
-
-    Returns:
-        What it returns.
-    """
-    function = operator if _is_observed(tensors) else _FUNCTIONS[operator]
-    return function(tensors, *arguments)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
-
-
-def _is_observed(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the dispatcher has more to do than to call: tracers, modes, transforms, subclasses."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0  # make_fx(pre_dispatch=True) has its mode there
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or not all(type(x) in _PLAIN for x in tensors)
-    )
 
 
 def groups(weights: Sequence[Tensor]) -> list[list[int]]:
@@ -125,13 +101,14 @@ def _cuda_kernels() -> ModuleType | None:
 
 def _kernels(weights: Sequence[Tensor]) -> ModuleType | None:
     """The module that has the three kernels for some weights, or None: go by the reference."""
-    device = weights[0].device.type
-    dtypes = {weight.dtype for weight in weights}
-    if len(dtypes) > 1:  # fp32 and half have one compute dtype, but a kernel reads one dtype
-        return None
-    if device == "cpu":
-        return cpu_kernels if dtypes <= set(cpu_kernels.DTYPES) and cpu_kernels.available() else None
-    return _cuda_kernels() if device == "cuda" else None
+    first = weights[0]
+    dtype = first.dtype
+    for weight in weights:
+        if weight.dtype != dtype:  # fp32 and half have one compute dtype, but a kernel reads one dtype
+            return None
+    if first.is_cpu:
+        return cpu_kernels if dtype in cpu_kernels.DTYPES and cpu_kernels.available() else None
+    return _cuda_kernels() if first.is_cuda else None
 
 
 def _normalize(
@@ -145,18 +122,15 @@ def _normalize(
     once: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     refuse_recompute(n, once)
-    device = weights[0].device
-    with reference.autocast_off(device.type):
-        kernels = _kernels(weights)
-        if kernels is not None:
-            result: tuple[Tensor, Tensor, list[Tensor]] = kernels.normalize(
-                weights, us, vs, n, eps, dims, orders
-            )
-            return result
-        vectors, sigmas = _power_iteration(weights, us, vs, n, eps, dims, orders)
-        columns = (weights, *split(vectors, weights, dims), eps, dims)
+    kernels = _kernels(weights)
+    if kernels is not None:
+        found: tuple[Tensor, Tensor, list[Tensor]] = kernels.normalize(weights, us, vs, n, eps, dims, orders)
+        return found
+    vectors, sigmas = _power_iteration(weights, us, vs, n, eps, dims, orders)
+    columns = (weights, *split(vectors, weights, dims), eps, dims)
+    with reference.autocast_off(vectors.device.type):
         normalized = [reference.normalized(*site) for site in zip(*columns, strict=True)]
-        return vectors, sigmas, [_laid_out(*pair) for pair in zip(normalized, weights, strict=True)]
+    return vectors, sigmas, [_laid_out(*pair) for pair in zip(normalized, weights, strict=True)]
 
 
 def _power_iteration(
@@ -168,12 +142,11 @@ def _power_iteration(
     dims: list[int],
     orders: list[str],
 ) -> tuple[Tensor, Tensor]:
-    device = weights[0].device
-    with reference.autocast_off(device.type):
-        kernels = _kernels(weights)
-        if kernels is not None:
-            found: tuple[Tensor, Tensor] = kernels.power_iteration(weights, us, vs, n, eps, dims, orders)
-            return found
+    kernels = _kernels(weights)
+    if kernels is not None:
+        found: tuple[Tensor, Tensor] = kernels.power_iteration(weights, us, vs, n, eps, dims, orders)
+        return found
+    with reference.autocast_off(weights[0].device.type):
         new_us, new_vs = _singular_vectors(weights, us, vs, n, eps, dims, orders)
         matrices = map(reference.weight_matrix, weights, dims)
         sigmas = torch.stack([*map(reference.sigma, matrices, new_us, new_vs)])
@@ -189,18 +162,17 @@ def _gradients_by_kernel(
     dims: list[int],
     contiguous: list[bool],
 ) -> list[Tensor]:
-    device = vectors.device
-    with reference.autocast_off(device.type):
-        kernels = _kernels(normalized)
-        if kernels is not None:
-            gradients = kernels.normalize_backward(grads, normalized, vectors, sigmas, eps, dims, contiguous)
-        else:
-            columns = (grads, normalized, *split(vectors, normalized, dims), sigmas.unbind(), eps, dims)
+    kernels = _kernels(normalized)
+    if kernels is not None:
+        gradients = kernels.normalize_backward(grads, normalized, vectors, sigmas, eps, dims, contiguous)
+    else:
+        columns = (grads, normalized, *split(vectors, normalized, dims), sigmas.unbind(), eps, dims)
+        with reference.autocast_off(vectors.device.type):
             gradients = [
                 None if grad is None else _laid_out(reference.gradient(grad, *site), site[0], wants)
                 for wants, grad, *site in zip(contiguous, *columns, strict=True)
             ]
-        return [gradient for gradient in gradients if gradient is not None]
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 def _singular_vectors(
@@ -231,7 +203,7 @@ def refuse_recompute(n: list[int], once: bool) -> None:
     Raises:
         RuntimeError: It is so.
     """
-    if once and torch._C._current_graph_task_id() != -1 and any(count > 0 for count in n):
+    if once and _current_graph_task_id() != -1 and any(count > 0 for count in n):
         raise RuntimeError(
             "A training forward with update='forward' runs within a backward pass, as activation "
             "checkpointing makes it: u and v would move again, and the gradient be that of other weights "
@@ -368,7 +340,7 @@ class _Normalized(torch.autograd.Function):
         else:
             contiguous = [weight.is_contiguous() for weight in weights]
             arguments = (normalized, vectors, sigmas, ctx.eps, ctx.dims, contiguous)
-            compact = iter(call(_normalize_backward, wanted, *arguments))
+            compact = iter(_normalize_backward(wanted, *arguments))
             gradients = [None if grad is None else next(compact) for grad in wanted]
         return (None, None, None, None, None, *gradients)
 
@@ -397,7 +369,7 @@ def _together(weights: Sequence[Tensor]) -> list[range]:
 def _transformed(tensors: Sequence[Tensor | None]) -> bool:
     """Whether ``torch.func``, forward mode or ``is_grads_batched`` (it has a vmap of its own) is at work."""
     return (
-        torch._C._are_functorch_transforms_active()
+        _are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
     )
@@ -421,7 +393,7 @@ def _differentiable_normalize(
         columns = (weights, *split(vectors, weights, dims), eps, dims)
         return vectors, sigmas, [reference.normalized(*site) for site in zip(*columns, strict=True)]
     with torch.no_grad():
-        vectors, sigmas, found = call(_normalize_forward, weights, us, vs, n, eps, dims, orders, once)
+        vectors, sigmas, found = _normalize_forward(weights, us, vs, n, eps, dims, orders, once)
     if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         return vectors, sigmas, found
     together = _together(weights)
@@ -442,9 +414,6 @@ def _differentiable_normalize(
 # --- Registration: with calls, not decorators, so that the functions above stay plain functions ---
 
 
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {}  # of each operator
-
-
 def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any] | None) -> Any:
     """Register an operator; without ``fake`` one that is made of others."""
     qualified = f"specnorm_fx::{name}.{REVISION}"
@@ -454,11 +423,44 @@ def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable
     key = "CompositeImplicitAutograd" if fake is None else "CompositeExplicitAutograd"
     torch.library.impl(qualified, key, function)
     overload = getattr(getattr(torch.ops.specnorm_fx, name), REVISION)
-    _FUNCTIONS[overload] = function
+    overload._op = _past_dispatcher(overload._op, function)
     if fake is not None:
         torch.library.register_fake(qualified, fake)
     torch.library.register_vmap(qualified, functools.partial(_one_by_one, overload))
     return overload
+
+
+def _past_dispatcher(operator: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator, without the dispatcher where nothing but the dispatcher would see it.
+
+    That is in eager mode, and in Inductor's code. The dispatcher turns seven lists over twice on the way to a
+    function that stands in Python.
+
+    Args:
+        operator: What calls the dispatcher.
+        function: What it would call.
+    """
+
+    def call(*arguments: Any, **others: Any) -> Any:
+        return (operator if others or _is_observed(arguments[0]) else function)(*arguments, **others)
+
+    return call
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def _is_observed(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether somebody is to see the operator: a tracer, mode, transform, subclass or profiler."""
+    return (
+        _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)  # make_fx has it there
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
+        or not _PLAIN.issuperset(map(type, tensors))
+    )
 
 
 def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:

@@ -335,13 +335,18 @@ def test_elements_in_one_place():
         assert relative_error(a, b) < 1e-5
 
 
-def test_a_transposed_convolution_of_many_channels():
-    """Its rows are thousands of groups of a few elements: no further from the truth than torch's."""
+@orders
+def test_a_transposed_convolution_of_many_channels(order):
+    """Its rows are thousands of groups of a few elements: no further from the truth than torch's.
+
+    But v in the order "vu", where it is a sum over rows, of which there are few.
+    """
     for shape in ((2048, 64, 3), (16_384, 8, 2)):
-        arguments = (*problem(shape, 1), 1, 1, "uv")
+        arguments = (*problem(shape, 1), 1, 1, order)
         want = truth(*arguments)
         ours, theirs = (
             [relative_error(a, b) for a, b in zip(method(*arguments)[:2], want, strict=False)]
             for method in (by_kernel, by_reference)
         )
-        assert all(a <= b for a, b in zip(ours, theirs, strict=True))
+        compared = 2 if order == "uv" else 1
+        assert all(a <= b for a, b in list(zip(ours, theirs, strict=True))[:compared])

@@ -319,7 +319,7 @@ def test_a_plan_keeps_what_it_gives_to_the_library():
     weight = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last).weight
     plan, _ = cpu_kernels._planned([weight], [0], ["uv"], [1], [1e-12], [False])
     places = cpu_kernels._places((6, 4, 3, 3), (2, 3, 1))
-    assert plan.places == [places.data_ptr()]
+    assert plan.sites[0].places == places.data_ptr()
     kept = weakref.ref(places)
     del places
     cpu_kernels._places.cache_clear()

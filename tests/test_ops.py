@@ -136,15 +136,17 @@ def test_a_model_of_several_dtypes(implementation):
         assert site.weight.grad.isfinite().all()
 
 
+def on(device, dtype=torch.float32):
+    """As much of a weight as the choice of kernels looks at: there may be no such device."""
+    return SimpleNamespace(is_cpu=device == "cpu", is_cuda=device == "cuda", dtype=dtype)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_kernels_read_one_dtype(device, monkeypatch):
     """Also where another one has the same compute dtype."""
-    monkeypatch.setattr(ops, "_cuda_kernels", SimpleNamespace)  # there may be no GPU
+    monkeypatch.setattr(ops, "_cuda_kernels", SimpleNamespace)
 
-    def weight(dtype):
-        return SimpleNamespace(device=torch.device(device), dtype=dtype)
-
-    single, half = weight(torch.float32), weight(torch.bfloat16)
+    single, half = (on(device, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert ops._kernels([single, single]) is not None
     assert ops._kernels([single, half]) is None
 
@@ -158,14 +160,14 @@ def test_without_a_c_compiler_cuda_goes_by_the_reference(monkeypatch):
     monkeypatch.setattr(triton_kernels, "start", start)
     monkeypatch.setattr(ops, "_cuda_kernels", functools.cache(ops._cuda_kernels.__wrapped__))
     with pytest.warns(UserWarning, match="python3-dev.*got: Failed to find C compiler"):
-        assert ops._kernels([SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)]) is None
+        assert ops._kernels([on("cuda")]) is None
 
 
 def test_rocm_goes_by_the_reference(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(ops, "_cuda_kernels", functools.cache(ops._cuda_kernels.__wrapped__))
-    assert ops._kernels([SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)]) is None
+    assert ops._kernels([on("cuda")]) is None
 
 
 def test_only_part_of_the_weights_trains():
@@ -228,7 +230,7 @@ def five_layers(backward_reaches=None):
 
     def function(*weights):
         x = torch.ones(2, 8)
-        for k, weight in enumerate(ops.call(ops.normalize, list(weights), us, vs, *options)[2]):
+        for k, weight in enumerate(ops.normalize(list(weights), us, vs, *options)[2]):
             x = x @ weight
             if backward_reaches is not None:
                 x.register_hook(lambda _, k=k: backward_reaches(k))
@@ -278,29 +280,30 @@ def test_compiled_gradients_come_in_groups_too(monkeypatch, together, groups):
     assert done == [sum(map(len, groups[: k + 1])) * 2 for k in range(len(groups) - 1)] + [9]
 
 
-def operators_called(function):
-    """What the dispatcher saw of this library."""
-    with torch.profiler.profile(acc_events=True) as profile:
-        function()
-    return {
-        event.name.partition("::")[2] for event in profile.events() if event.name.startswith("specnorm_fx")
-    }
-
-
-def test_eager_mode_calls_past_the_dispatcher():
-    """And gets the same bits."""
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_calls_go_past_the_dispatcher(backend, monkeypatch):
+    """And get the same bits; but a profiler is to see the operators."""
     weights, *others = arguments()
-    weights = [w.requires_grad_() for w in weights]
-    results = []
+    leaves = [weight.requires_grad_() for weight in weights]
+    observed, is_observed = [], ops._is_observed
+    monkeypatch.setattr(ops, "_is_observed", lambda x: observed.append(is_observed(x)) or observed[-1])
+    normalize = ops.normalize
+    if backend is not None:  # Dynamo would look at the operator that this file gives it, so a function
+        normalize = torch.compile(lambda *given: ops.normalize(*given), backend=backend, fullgraph=True)
 
-    def run(normalize):
-        normalized = normalize(weights, *others)
-        results.append([*normalized[2], *torch.autograd.grad(sum(w.sum() for w in normalized[2]), weights)])
+    def run():
+        normalized = normalize(leaves, *others)
+        return [*normalized[2], *torch.autograd.grad(sum(w.sum() for w in normalized[2]), leaves)]
 
-    assert operators_called(lambda: run(lambda *given: ops.call(ops.normalize, *given))) == set()
-    # Its parts are called directly again.
-    assert operators_called(lambda: run(ops.normalize)) == {"normalize"}
-    assert all(map(torch.equal, *results))
+    run()
+    observed.clear()
+    past = run()
+    assert observed == [False] * (3 if backend is None else 2)
+    with torch.profiler.profile(acc_events=True) as profile:
+        through = run()
+    seen = {event.name.partition("::")[2] for event in profile.events() if "specnorm_fx::" in event.name}
+    assert seen == {"normalize_forward", "normalize_backward"} | ({"normalize"} if backend is None else set())
+    assert all(map(torch.equal, past, through))
 
 
 class Watch(TorchDispatchMode):
@@ -322,7 +325,7 @@ SEEN = []
 def traced(tracing_mode, pre_dispatch):
     def trace(weights, us, vs, options):
         def function(*weights):
-            return ops.call(ops.normalize, list(weights), us, vs, *options)[2]
+            return ops.normalize(list(weights), us, vs, *options)[2]
 
         trace = make_fx(
             function, tracing_mode=tracing_mode, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True
@@ -335,7 +338,7 @@ def traced(tracing_mode, pre_dispatch):
 def watched(weights, us, vs, options):
     SEEN.clear()
     with Watch():
-        ops.call(ops.normalize, weights, us, vs, *options)
+        ops.normalize(weights, us, vs, *options)
     return SEEN
 
 
@@ -343,7 +346,7 @@ def of_a_subclass(weights, us, vs, options):
     SEEN.clear()
     weights = [weight.as_subclass(Subclass) for weight in weights]
     with contextlib.suppress(NotImplementedError):
-        ops.call(ops.normalize, weights, us, vs, *options)
+        ops.normalize(weights, us, vs, *options)
     return SEEN
 
 
@@ -354,7 +357,7 @@ def compiled(weights, us, vs, options):
         targets.extend(node.target for node in gm.graph.nodes)
         return gm
 
-    run = torch.compile(lambda *given: ops.call(ops.normalize, *given), backend=backend, fullgraph=True)
+    run = torch.compile(lambda *given: ops.normalize(*given), backend=backend, fullgraph=True)
     run(weights, us, vs, *options)
     return targets
 
@@ -386,7 +389,7 @@ def test_a_default_device_is_not_that_of_the_results(device):
     want = ops.normalize(weights, *others)
     cpu_kernels._plan.cache_clear(), cpu_kernels._places.cache_clear()
     with torch.device(device):
-        got = ops.call(ops.normalize, weights, *others)
+        got = ops.normalize(weights, *others)
     for a, b in zip((*got[:2], *got[2]), (*want[:2], *want[2]), strict=True):
         assert torch.equal(a, b)
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from specnorm_fx import reference
 from specnorm_fx.triton_kernels.gradient import dot_kernel, gradient_kernel
 from specnorm_fx.triton_kernels.iteration import finish_kernel, pass_kernel, reduce_kernel
-from specnorm_fx.triton_kernels.layout import Weight
 from specnorm_fx.triton_kernels.tables import backward_plan, forward_plan
 
 __all__ = ["normalize", "normalize_backward", "power_iteration", "start"]
@@ -143,7 +142,6 @@ def start() -> None:
     triton.runtime.driver.active.get_current_target()
 
 
-@torch.no_grad()
 def normalize(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -180,7 +178,6 @@ def normalize(
     return vectors, sigmas, normalized
 
 
-@torch.no_grad()
 def power_iteration(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -218,42 +215,41 @@ def _forward(
     orders: Sequence[str],
     divide: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    weights = [_dense(w) for w in weights]
-    key = tuple(
-        Weight(w.shape, w.stride(), dim, n, order, e)
-        for w, dim, n, order, e in zip(weights, dims, n_power_iterations, orders, eps, strict=True)
-    )
-    device, dtype = weights[0].device, reference.compute_dtype(weights[0])
-    us, vs = ([_plain(x, dtype) for x in column] for column in (us, vs))
-    plan = forward_plan(key, weights[0].element_size(), device, divide)
-    vectors = torch.empty(sum(x.numel() for x in (*us, *vs)), dtype=dtype, device=device)
+    options = (dims, n_power_iterations, orders, eps)
+    device, dtype, compute = weights[0].device, weights[0].dtype, reference.compute_dtype(weights[0])
+    plan = forward_plan(device, dtype, divide, *_geometry(weights), *map(tuple, options))
+    if not plan.is_dense:
+        return _forward([*map(_dense, weights)], us, vs, n_power_iterations, eps, dims, orders, divide)
+    # A model that was turned to half precision may have u and v in it.
+    stored = [
+        x if x.dtype == compute and x.is_contiguous() else x.to(compute).contiguous() for x in (*us, *vs)
+    ]
+    if (given := [x.numel() for x in stored]) != plan.sizes:
+        raise ValueError(f"u and v have {given} elements and need {plan.sizes}.")
+    vectors = torch.empty(plan.size, dtype=compute, device=device)
     sigmas = torch.empty(len(weights), dtype=torch.float64, device=device)
     # Without division nothing is written there, so any address will do.
-    outputs = [torch.empty_like(w) for w in weights] if divide else list(weights)
-    read = [w.contiguous() if i in plan.copied else w for i, w in enumerate(weights)]
+    outputs = [torch.empty_like(w) for w in weights] if divide else weights
+    read = weights
+    if plan.copied:
+        read = [w.contiguous() if i in plan.copied else w for i, w in enumerate(weights)]
+    addresses = _addresses((*read, *stored, *weights, *outputs))
     with _on(device):
         for chunk in plan.chunks:
-            workspace = torch.empty(chunk.workspace, dtype=dtype, device=device)
+            workspace = torch.empty(chunk.workspace, dtype=compute, device=device)
             sums = torch.empty(chunk.sums, dtype=torch.float64, device=device)
-            count = chunk.padded
-            kind = _Kind(device, weights[0].dtype, dtype, count)
+            kind = _Kind(device, dtype, compute, chunk.padded)
             _compile(kind, (_pass, True), (_reduce, False), (_finish, divide))
-            pointers = _addresses([read[i] for i in chunk.indices], count)
-            pairs = list(zip(chunk.indices, chunk.swapped, strict=True))
-            xs = _addresses([(vs if swapped else us)[i] for i, swapped in pairs], count)
-            ys = _addresses([(us if swapped else vs)[i] for i, swapped in pairs], count)
+            readable, xs, ys, originals, results = [take(addresses) for take in chunk.takes]
             state = (chunk.table, chunk.epsilons, vectors)
             passes, reduces, finishes = chunk.programs
             for step in range(max(chunk.iterations, 1)):
-                _pass(kind, passes, (pointers, xs, ys, *state, workspace, sums, step), step == 0)
-                _reduce(kind, reduces, (pointers, *state, workspace, sums, step))
-            pointers = _addresses([weights[i] for i in chunk.indices], count)
-            results = _addresses([outputs[i] for i in chunk.indices], count)
-            _finish(kind, finishes, (pointers, results, *state, sigmas, workspace, sums), divide)
-    return vectors, sigmas, outputs
+                _pass(kind, passes, (readable, xs, ys, *state, workspace, sums, step), step == 0)
+                _reduce(kind, reduces, (readable, *state, workspace, sums, step))
+            _finish(kind, finishes, (originals, results, *state, sigmas, workspace, sums), divide)
+    return vectors, sigmas, list(outputs)
 
 
-@torch.no_grad()
 def normalize_backward(
     grads: Sequence[Tensor | None],
     normalized: Sequence[Tensor],
@@ -278,50 +274,48 @@ def normalize_backward(
         dW of each, with dtype, shape and strides of ``W / sigma``, but contiguous where the weight is; None
         where G is None.
     """
-    weights = [_dense(w) for w in normalized]
-    key = tuple(
-        Weight(w.shape, w.stride(), dim, grad_stride=None if g is None else g.stride())
-        for g, w, dim in zip(grads, weights, dims, strict=True)
-    )
-    device, dtype = weights[0].device, reference.compute_dtype(weights[0])
-    plan = backward_plan(key, weights[0].element_size(), device)
-    read = [w.contiguous() if i in plan.copied else w for i, w in enumerate(weights)]
+    device, dtype = normalized[0].device, normalized[0].dtype
+    grad_strides = tuple([None if g is None else g.stride() for g in grads])
+    plan = backward_plan(device, dtype, *_geometry(normalized), tuple(dims), grad_strides)
+    if not plan.is_dense:
+        dense = [*map(_dense, normalized)]
+        return normalize_backward(grads, dense, vectors, sigmas, eps, dims, contiguous)
+    read, sources = normalized, grads
+    if plan.copied or plan.relaid:
+        read = [w.contiguous() if i in plan.copied else w for i, w in enumerate(normalized)]
+        sources = [
+            torch.empty_like(w).copy_(g) if g is not None and i in plan.copied | plan.relaid else g
+            for i, (g, w) in enumerate(zip(grads, read, strict=True))
+        ]
     outputs = [None if g is None else torch.empty_like(w) for g, w in zip(grads, read, strict=True)]
+    addresses = _addresses((*read, *sources, *outputs))
     with _on(device):
         for chunk in plan.chunks:
-            sources = []
-            for i in chunk.indices:
-                g = grads[i]
-                assert g is not None
-                if i in plan.copied:
-                    g = g.contiguous()
-                elif i in plan.relaid:
-                    g = torch.empty_like(weights[i]).copy_(g)
-                sources.append(g)
             sums = torch.empty(chunk.sums, dtype=torch.float64, device=device)
-            count = chunk.padded
-            kind = _Kind(device, weights[0].dtype, dtype, count)
+            kind = _Kind(device, dtype, vectors.dtype, chunk.padded)
             _compile(kind, (_dot, False), (_gradient, False))
+            factors, gradients, results = [take(addresses) for take in chunk.takes]
             dots, tiles = chunk.programs
-            pointers = _addresses(sources, count)
-            results = _addresses([out for i in chunk.indices if (out := outputs[i]) is not None], count)
-            factors = _addresses([read[i] for i in chunk.indices], count)
-            _dot(kind, dots, (factors, pointers, chunk.table, sums))
-            _gradient(kind, tiles, (pointers, results, chunk.table, vectors, sigmas, sums))
-    for i, out in enumerate(outputs):
-        if i in plan.copied and out is not None:  # computed as if the weight were contiguous
-            outputs[i] = torch.empty_like(weights[i]).copy_(out)
+            _dot(kind, dots, (factors, gradients, chunk.table, sums))
+            _gradient(kind, tiles, (gradients, results, chunk.table, vectors, sigmas, sums))
+    for i in plan.copied:  # computed as if the weight were contiguous
+        if (out := outputs[i]) is not None:
+            outputs[i] = torch.empty_like(normalized[i]).copy_(out)
     return [
         out.contiguous() if out is not None and wants else out
         for out, wants in zip(outputs, contiguous, strict=True)
     ]
 
 
-def _addresses(tensors: Sequence[Tensor], count: int) -> tuple[int, ...]:
+def _geometry(weights: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """Shapes and strides."""
+    return tuple([w.shape for w in weights]), tuple([w.stride() for w in weights])
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     # Triton compiles anew for every argument that becomes a multiple of 16, or 1. One more than an
     # address is neither, so a kernel is compiled once wherever the tensors lie.
-    addresses = [t.data_ptr() + 1 for t in tensors]
-    return (*addresses, *addresses[-1:] * (count - len(addresses)))
+    return [0 if t is None else t.data_ptr() + 1 for t in tensors]
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -334,8 +328,3 @@ def _dense(weight: Tensor) -> Tensor:
     if weight.is_contiguous() or reference.is_dense(weight.shape, weight.stride()):
         return weight
     return weight.contiguous()
-
-
-def _plain(vector: Tensor, dtype: torch.dtype) -> Tensor:
-    """A u or v as the kernels read it: a model that was turned to half precision may have it in it."""
-    return vector if vector.dtype == dtype and vector.is_contiguous() else vector.to(dtype).contiguous()

@@ -2,13 +2,15 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from specnorm_fx import reference
 from specnorm_fx.triton_kernels.fields import (
     ALL_TILES,
     BLOCK_SIZE,
@@ -69,7 +71,8 @@ class Chunk(NamedTuple):
     """The table of the weights with these indices, at most `MAX_WEIGHTS`."""
 
     indices: list[int]
-    swapped: list[bool]  # x is v
+    # What each argument of the launches takes from the addresses of all tensors.
+    takes: list[Callable[[Sequence[int]], tuple[int, ...]]]
     table: Tensor  # [L, FIELDS] int64
     epsilons: Tensor  # [L] fp64
     padded: int  # L: how many weights, filled up to a power of two, at least `MIN_WEIGHTS`
@@ -82,23 +85,47 @@ class Chunk(NamedTuple):
 class Plan(NamedTuple):
     """How all weights of a call are served."""
 
-    chunks: list[Chunk]
-    copied: frozenset[int]  # weights (and gradients) to be read from a contiguous copy
-    relaid: frozenset[int]  # gradients to be read from a copy with the strides of the weight
+    chunks: list[Chunk] = []  # noqa: RUF012 (nobody writes to it)
+    copied: frozenset[int] = frozenset()  # weights (and gradients) to be read from a contiguous copy
+    relaid: frozenset[int] = frozenset()  # gradients to be read from a copy with the strides of the weight
+    sizes: list[int] = []  # noqa: RUF012  # of every u, then of every v
+    size: int = 0  # of all together
+    is_dense: bool = True  # else there is nothing here: no weight may have gaps
 
 
 # For good: a recorded CUDA graph reads the tables again at every replay. They are a few KB on the device, one
 # or two for each mode of a model.
 @functools.cache
-def forward_plan(weights: tuple[Weight, ...], itemsize: int, device: torch.device, divide: bool) -> Plan:
+def forward_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    divide: bool,
+    shapes: tuple[tuple[int, ...], ...],
+    strides: tuple[tuple[int, ...], ...],
+    dims: tuple[int, ...],
+    n_power_iterations: tuple[int, ...],
+    orders: tuple[str, ...],
+    eps: tuple[float, ...],
+) -> Plan:
     """Of pass, reduce and finish.
 
+    The addresses are those of the weights as they are to be read, then of every u, v, weight and result.
+
     Args:
-        weights: All of one dtype.
-        itemsize: Bytes of an element.
         device: Where the tables go.
+        dtype: Of the weights.
         divide: Whether the finish writes ``W / sigma``.
+        shapes: Of the weights.
+        strides: Likewise.
+        dims: As in `launching.normalize`, like all that follow.
+        n_power_iterations: Of each.
+        orders: Of each.
+        eps: Of each.
     """
+    weights = [*map(Weight, shapes, strides, dims, n_power_iterations, orders, eps)]
+    if not all(map(reference.is_dense, shapes, strides)):
+        return Plan(is_dense=False)
+    many, itemsize = len(weights), dtype.itemsize
     us, vs = _vector_starts(weights)
     copied = frozenset(i for i, weight in enumerate(weights) if weight.axes() is None)
     chunks = []
@@ -135,19 +162,38 @@ def forward_plan(weights: tuple[Weight, ...], itemsize: int, device: torch.devic
                 },
                 {PASS_START: blocks, REDUCE_START: tiles, FINISH_START: finish},
             )
-        chunks.append(table.chunk(indices, device))
-    return Plan(chunks, copied, frozenset())
+        xs = [many * (2 if swapped else 1) for swapped in table.swapped]
+        chunks.append(table.chunk(indices, device, [0, xs, [3 * many - x for x in xs], 3 * many, 4 * many]))
+    ms, ns = zip(*(weight.sides for weight in weights), strict=True)
+    return Plan(chunks, copied, sizes=[*ms, *ns], size=sum(ms) + sum(ns))
 
 
 @functools.cache
-def backward_plan(weights: tuple[Weight, ...], itemsize: int, device: torch.device) -> Plan:
+def backward_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: tuple[tuple[int, ...], ...],
+    strides: tuple[tuple[int, ...], ...],
+    dims: tuple[int, ...],
+    grad_strides: tuple[tuple[int, ...] | None, ...],
+) -> Plan:
     """Of dot and gradient.
 
+    The addresses are those of every ``W / sigma``, gradient and result; of what is missing, any.
+
     Args:
-        weights: As in `forward_plan`; ``W / sigma`` of each, in fact.
-        itemsize: Bytes of an element.
         device: Where the tables go.
+        dtype: Of ``W / sigma``.
+        shapes: Likewise.
+        strides: Likewise.
+        dims: As in `launching.normalize_backward`.
+        grad_strides: Of the gradient of each, or None.
     """
+    if not all(map(reference.is_dense, shapes, strides)):
+        return Plan(is_dense=False)
+    columns = (shapes, strides, dims, grad_strides)
+    weights = [Weight(*site[:3], grad_stride=site[3]) for site in zip(*columns, strict=True)]
+    many, itemsize = len(weights), dtype.itemsize
     us, vs = _vector_starts(weights)
     present = [i for i, weight in enumerate(weights) if weight.grad_stride is not None]
     own = {i: weights[i]._replace(grad_stride=weights[i].stride) for i in present}
@@ -187,7 +233,7 @@ def backward_plan(weights: tuple[Weight, ...], itemsize: int, device: torch.devi
                 },
                 {DOT_START: dots, GRADIENT_START: _ceil(tiles, gradient_tiles)},
             )
-        chunks.append(table.chunk(indices, device))
+        chunks.append(table.chunk(indices, device, [0, many, 2 * many]))
     return Plan(chunks, copied, relaid)
 
 
@@ -223,13 +269,19 @@ class _Table:
         self.weights.append(weight)
         self.swapped.append(swapped)
 
-    def chunk(self, indices: list[int], device: torch.device) -> Chunk:
+    def chunk(self, indices: list[int], device: torch.device, starts: Sequence[int | Sequence[int]]) -> Chunk:
+        """The chunk; ``starts``: before the addresses of each argument, or of each weight for it."""
         count = max(MIN_WEIGHTS, 1 << (len(indices) - 1).bit_length())
+        takes: list[Any] = []
+        for start in starts:
+            before = [start] * len(indices) if isinstance(start, int) else start
+            places = [b + i for b, i in zip(before, indices, strict=True)]
+            takes.append(itemgetter(*places, *places[-1:] * (count - len(places))))
         rows = self.rows + [dict.fromkeys(self.programs, NEVER)] * (count - len(indices))
         numbers = [[row.get(field, 0) for field in range(FIELDS.value)] for row in rows]
         return Chunk(
             indices=indices,
-            swapped=self.swapped,
+            takes=takes,
             table=_kept(numbers, torch.int64, device),
             epsilons=_kept([w.eps for w in self.weights], torch.float64, device),
             padded=count,
