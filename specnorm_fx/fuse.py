@@ -536,7 +536,7 @@ def _update_(graph: fx.Graph, matches: list[_Match], fresh: list[fx.Node]) -> No
     moved = [bool(match.updates) for match in matches] * 2
     if any(moved):
         pairs = (buffers, fresh)
-        graph.call_function(torch._foreach_copy_, tuple([*itertools.compress(x, moved)] for x in pairs))
+        graph.call_function(ops.store_, tuple([*itertools.compress(x, moved)] for x in pairs))
 
 
 def _items(graph: fx.Graph, node: fx.Node, count: int) -> list[fx.Node]:

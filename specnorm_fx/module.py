@@ -136,7 +136,10 @@ def _store_(buffers: Sequence[list[Tensor]], vectors: Sequence[list[Tensor]], co
     if not all(counts):
         moved = [k for k, count in enumerate(counts + counts) if count]
         stored, fresh = [stored[k] for k in moved], [fresh[k] for k in moved]
-    torch._foreach_copy_(stored, fresh)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        ops.store_(stored, fresh)
+    else:
+        torch._foreach_copy_(stored, fresh)
 
 
 # --- How sites are computed. Each takes (weights, us, vs, n, eps, dims, orders). ---

@@ -49,6 +49,7 @@ __all__ = [
     "refuse_recompute",
     "singular_vectors",
     "split",
+    "store_",
 ]
 
 # The overload that the operators are. Compiled code is cached on disk by the names in its graph: whoever
@@ -189,6 +190,10 @@ def _singular_vectors(
     columns = (weights, us, vs, n, eps, dims, orders)
     pairs = [reference.singular_vectors(*site) for site in zip(*columns, strict=True)]
     return [u for u, _ in pairs], [v for _, v in pairs]
+
+
+def _store(buffers: list[Tensor], vectors: list[Tensor]) -> None:
+    torch._foreach_copy_(buffers, vectors)
 
 
 def refuse_recompute(n: list[int], once: bool) -> None:
@@ -515,4 +520,13 @@ singular_vectors = _define(
     f"({ARGUMENTS}, bool once=False) -> (Tensor[], Tensor[])",
     _singular_vectors,
     _fake_singular_vectors,
+)
+
+# (buffers, vectors): new u and v into their buffers. Of plain copies Inductor would make one more kernel, and
+# compiling that takes longer than all else that spectral norm adds.
+store_ = _define(
+    "store_",
+    "(Tensor(a!)[] buffers, Tensor[] vectors) -> ()",
+    _store,
+    lambda buffers, vectors: None,
 )

@@ -234,3 +234,17 @@ def test_torch_func_in_one_compiled_step(update):
         if parameter.grad is not None:  # the last bias has no part in the slope
             assert relative_error(got[name], parameter.grad) < 1e-13, name
     assert close(vectors(gm), vectors(eager), torch.float64)
+
+
+@pytest.mark.parametrize("name", ["discriminator", "labelled"])
+def test_inductor_makes_no_kernel_of_its_own_for_spectral_norm(name):
+    """Neither to store u and v, for which the C++ compiler would have to run."""
+    counts = []
+    for make in (lambda model: model, transform):
+        torch._dynamo.reset()
+        torch._inductor.metrics.reset()
+        case = case_named(name)
+        model, _ = compiled(make(case.make()))
+        model(*case.inputs()).sum().backward()
+        counts.append(torch._inductor.metrics.generated_kernel_count)
+    assert counts[0] == counts[1] > 0
