@@ -88,9 +88,18 @@ class SpectralNormGraphModule(fx.GraphModule):
         root: Module tree to keep; its objects are taken over, not copied.
         graph: The graph over that tree.
         class_name: Shown by ``repr``; the original model's.
+
+    Raises:
+        ValueError: A module, parameter or buffer of the root has the name of one of this class's attributes.
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str) -> None:
+        own = (*root._modules, *root._parameters, *root._buffers)
+        if taken := [name for name in own if hasattr(SpectralNormGraphModule, name)]:
+            raise ValueError(
+                f"{class_name} has {', '.join(map(repr, taken))} among its modules, parameters and buffers, "
+                f"a name that a transformed model has for something else. Rename it."
+            )
         super().__init__(root, graph, class_name)
         # GraphModule registers plain tensors of the root (constants met in the trace) as buffers.
         constants = self._buffers.keys() - root._buffers.keys()

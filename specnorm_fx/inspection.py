@@ -31,6 +31,9 @@ __all__ = ["Inspection", "Row", "inspect_checkpoint", "inspect_model", "inspect_
 # rows and columns than this only the largest is computed, by power iteration.
 SPECTRUM_SIZE = 2048
 
+# Elements of a weight that is looked at. A file of a few bytes may claim any number: one element, many times.
+LARGEST = 2**31
+
 # What singular values can be computed of; a checkpoint may hold others, such as float8.
 DTYPES = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -165,15 +168,14 @@ def _divided_by(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> di
     text = metadata.get("specnorm_fx.sigmas", "{}")
     try:
         found = json.loads(text)
-    except json.JSONDecodeError:
-        found = None
-    numbers = found.values() if isinstance(found, dict) else [None]
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-        raise ValueError(
-            f"The metadata specnorm_fx.sigmas of {path} must be a JSON object of numbers, got {text[:80]!r}. "
-            f"Export the model again."
-        )
-    return dict(found)
+        if all(type(sigma) in (int, float) and math.isfinite(sigma) for sigma in found.values()):
+            return dict(found)
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        pass
+    raise ValueError(
+        f"The metadata specnorm_fx.sigmas of {path} must be a JSON object of numbers, got {text[:80]!r}. "
+        f"Export the model again."
+    )
 
 
 def _fit(weight: Tensor, dim: int, vectors: Sequence[Any]) -> bool:
@@ -215,9 +217,13 @@ def _row(
     row = Row(fqn, tuple(weight.shape), dtype, status, why, sigma=sigma)
     if weight.numel() == 0:
         return _noted(row, "empty")
+    if weight.ndim < 2:
+        return _noted(row, "no matrix")
     if not _is_readable(weight):
         kind = "on the meta device, without values" if weight.is_meta else "sparse, or of another dtype"
         return _noted(row, f"{kind}: no singular values")
+    if weight.numel() > LARGEST:
+        return _noted(row, "too large to be looked at")
     matrix = reference.weight_matrix(weight.detach(), dim)
     if not matrix.isfinite().all():
         return _noted(row, "NaN or inf in the weight")

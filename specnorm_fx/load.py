@@ -265,24 +265,14 @@ def write_checkpoint(state_dict: Mapping[str, Any], path: str | os.PathLike[str]
         path: A ``.safetensors`` file, or any other for ``torch.save``; an existing one is replaced.
 
     Raises:
-        LoadError: A value is no tensor, and the file is to be ``.safetensors``.
+        LoadError: A value is no dense tensor, or too large, and the file is to be ``.safetensors``.
         ImportError: The extra ``safetensors`` is not installed, and the file is to be one.
         OSError: ``path`` cannot be written.
     """
     path = Path(path)
     if _is_safetensors(path):
         safetensors = _require_safetensors()
-        others = [key for key, value in state_dict.items() if not isinstance(value, Tensor)]
-        if others:
-            raise LoadError(
-                f"A .safetensors file must hold tensors alone, got a {type(state_dict[others[0]]).__name__} "
-                f"under {others[0]!r}. Write a .pt file."
-            )
-        # Tied weights, and views, each as a tensor of its own: the format has nothing else.
-        whole = {
-            key: value.detach().clone(memory_format=torch.contiguous_format)
-            for key, value in state_dict.items()
-        }
+        whole = {key: _whole(key, value) for key, value in state_dict.items()}
     with replaced(path) as written:
         try:
             with written.open("wb") as written_file:  # by its path, torch would raise a RuntimeError
@@ -294,6 +284,19 @@ def write_checkpoint(state_dict: Mapping[str, Any], path: str | os.PathLike[str]
             raise type(error)(
                 f"{path} cannot be written: {error.strerror or error}. Nothing was left behind."
             ) from error
+
+
+def _whole(key: str, value: Any) -> Tensor:
+    """A value of a state dict as safetensors has it: tied weights, and views, each a tensor of its own."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+        got = type(value).__name__ if not isinstance(value, Tensor) else "sparse one, or one without values"
+        raise LoadError(
+            f"A .safetensors file must hold dense tensors alone, got a {got} under {key!r}. Write a .pt file."
+        )
+    try:
+        return value.detach().clone(memory_format=torch.contiguous_format)
+    except RuntimeError as error:  # one element, many times, may be any number of them
+        raise LoadError(f"{key!r} is too large to be written ({brief(error)}).") from error
 
 
 def strip_wrappers(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

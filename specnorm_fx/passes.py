@@ -86,7 +86,8 @@ def transform(
             ``example_inputs`` that the forward does not take.
         ValueError: A pattern that matches nothing, nothing to normalise, an option out of range, a weight
             that cannot be normalised (lazy, meta, quantized, sparse, NaN or inf), ``example_inputs`` for a
-            model that is a graph already, or torch's spectral norm in a program from ``torch.export``.
+            model that is a graph already, torch's spectral norm in a program from ``torch.export``, or a
+            module with a name that the result has for itself (``sites``).
         IndexError: ``dim`` is out of range for a weight.
         TraceError: Symbolic trace cannot follow the model. What ``torch.export`` raises comes as it is.
     """

@@ -227,3 +227,11 @@ def test_a_shallow_copy_shares_the_tensors():
     assert list(twin.state_dict()) == list(gm.state_dict())
     for site, other in zip(gm.sites(), twin.sites(), strict=True):
         assert (site.weight, site.u, site.v) == (other.weight, other.u, other.v)
+
+
+@pytest.mark.parametrize("name", ["sites", "call", "graph"])
+def test_names_that_a_transformed_model_has_for_itself(name):
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=f"Sequential has '{name}' among its modules.* Rename it"):
+        transform(model)

@@ -297,7 +297,11 @@ def test_weights_of_every_precision(exported, tmp_path, precision):
         assert row.status == "divided"
 
 
-@pytest.mark.parametrize("sigmas", ["[1]", "no json", '{"0.weight": "1"}', '{"0.weight": NaN}'])
+@pytest.mark.parametrize(
+    "sigmas",
+    ["[1]", "no json", '{"a": "1"}', '{"a": NaN}', f'{{"a": 1{"0" * 400}}}', '{"a": ' * 100_000],
+    ids=["list", "text", "string", "nan", "huge", "nested"],
+)
 def test_metadata_that_is_none_of_ours(exported, tmp_path, sigmas):
     file = onnx.load(exported[1])
     (entry,) = (entry for entry in file.metadata_props if entry.key == "specnorm_fx.sigmas")
@@ -314,6 +318,50 @@ def test_no_onnx_file(tmp_path, content):
         inspect_onnx(tmp_path / "d.onnx")
     with pytest.raises(FileNotFoundError, match=r"There is no ONNX file .*none\.onnx"):
         inspect_onnx(tmp_path / "none.onnx")
+
+
+def test_what_a_hostile_checkpoint_may_hold(tmp_path):
+    """A weight without dimensions; and one element that claims to be 10^14."""
+    state = {"a.weight": torch.tensor(1.0), "a.weight_u": torch.ones(1), "a.weight_v": torch.ones(1)}
+    state["b"] = torch.ones(1, 1).expand(10**7, 10**7)
+    torch.save(state, tmp_path / "c.pt")
+    rows = inspect_checkpoint(tmp_path / "c.pt").rows
+    assert {row.fqn: row.why for row in rows} == {
+        "a.weight": "u and v do not fit its shape",
+        "b": "too large to be looked at",
+    }
+    assert all(row.exact is None for row in rows)
+
+
+def dequantized(path, scale, **attributes):
+    """A file with one int8 weight, [2, 4], all 3."""
+    helper, numpy = onnx.helper, onnx.numpy_helper
+    initializers = [
+        numpy.from_array(np.full((2, 4), 3, np.int8), "w_quantized"),
+        numpy.from_array(scale.astype(np.float32), "w_scale"),
+    ]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w_quantized", "w_scale"], ["w"], **attributes),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy")
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [y], initializers)), path)
+
+
+def test_int8_with_a_scale_for_each_block(tmp_path):
+    dequantized(tmp_path / "d.onnx", np.array([[1.0, 2], [3, 4]]), axis=1, block_size=2)
+    (row,) = inspect_onnx(tmp_path / "d.onnx").rows
+    want = torch.tensor([[3.0, 3, 6, 6], [9, 9, 12, 12]])
+    assert row.exact == pytest.approx(torch.linalg.matrix_norm(want, 2).item())
+
+
+@pytest.mark.parametrize(
+    ("size", "axis"), [((3,), 1), ((2,), 5), ((2, 2), 0)], ids=["size", "axis", "dimensions"]
+)
+def test_int8_with_scales_that_do_not_fit(tmp_path, size, axis):
+    dequantized(tmp_path / "d.onnx", np.ones(size), axis=axis)
+    with pytest.raises(ValueError, match=r"d.onnx is damaged: w_quantized cannot be read"):
+        inspect_onnx(tmp_path / "d.onnx")
 
 
 # --- As text, JSON, picture and page ---

@@ -152,6 +152,21 @@ def test_tied_weights_and_views_in_safetensors():
     assert all(torch.equal(read[key], value) for key, value in state.items())
 
 
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (torch.eye(3).to_sparse(), "got a sparse one, or one without values under 'w'"),
+        (torch.empty(2, device="meta"), "got a sparse one, or one without values under 'w'"),
+        (torch.ones(1).expand(2**60), "'w' is too large to be written"),
+    ],
+    ids=["sparse", "meta", "huge"],
+)
+def test_what_safetensors_do_not_hold(value, why):
+    with pytest.raises(LoadError, match=why):
+        write_checkpoint({"w": value}, "disc.safetensors")
+    assert not Path("disc.safetensors").exists()
+
+
 @pytest.mark.parametrize("name", ["disc.pt", "disc.safetensors"])
 def test_only_a_regular_file_is_replaced(name):
     os.mkfifo(name)  # as root, /dev/null would have become a file

@@ -226,6 +226,23 @@ def test_named_dimensions(tmp_path):
     assert verify(tmp_path / "c.onnx", gm, batches, structure=True).nodes == report.nodes
 
 
+def test_named_dimensions_beside_numbers(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 3)
+
+        def forward(self, x, scale, y):
+            return scale * self.lin(x).relu() + self.lin(y["of"])
+
+    gm = transform(Scaled()).eval()
+    args = (torch.randn(2, 4), 2.0, {"of": torch.randn(2, 4), "by": 3})
+    export(gm, args, tmp_path / "s.onnx", axes={"x": {0: "rows"}, "y_of": {0: "rows"}})
+    graph = onnx.load(tmp_path / "s.onnx").graph
+    for value in (*graph.input, *graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "rows"
+
+
 # --- External data ---
 
 
@@ -397,6 +414,22 @@ def test_a_dict_alone(tmp_path, dynamic_batch):
     export(gm, batch, tmp_path / "d.onnx", dynamic_batch=dynamic_batch)
     names = [i.name for i in onnxruntime.InferenceSession(tmp_path / "d.onnx").get_inputs()]
     assert names == ["inputs_a", "inputs_b"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_dicts_with_their_keys_in_another_order(tmp_path, precision):
+    class Difference(OfDict):
+        def forward(self, inputs):
+            return self.lin(inputs["a"]) - 2 * self.lin(inputs["b"])
+
+    gm = transform(Difference()).eval()
+    a, b = torch.randn(2, 4), 100 * torch.randn(2, 4)
+    turned = ({"b": b, "a": a},)
+    options = {"precision": precision, "calibration": [turned] if precision == "int8" else None}
+    for names in (None, ["first", "second"]):
+        export(gm, ({"a": a, "b": b},), tmp_path / "d.onnx", input_names=names, **options)
+        if names is None:
+            verify(tmp_path / "d.onnx", gm, turned)
 
 
 def test_one_tensor_twice(tmp_path):

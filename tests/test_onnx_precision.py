@@ -235,6 +235,22 @@ def test_int8_leaves_grouped_transposed_convolutions(tmp_path):
     assert verification.precision == "int8"
 
 
+def test_int8_that_quantizes_nothing(tmp_path):
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda x: self.lin(x), lambda x: -self.lin(x), (x,))
+
+    x = torch.randn(2, 4)
+    gm = transform(Branches(), example_inputs=x).eval()
+    with pytest.raises(ValueError, match="must find a weight to quantize, and found none"):
+        export(gm, x, tmp_path / "b.onnx", precision="int8", calibration=[x])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sigma_under_every_name_of_a_tied_weight(tmp_path):
     gm = transform(Tied()).eval()
     export(gm, torch.randn(2, 6), tmp_path / "t.onnx")

@@ -19,6 +19,8 @@ __all__ = [
     "as_dims",
     "dynamic_dimensions",
     "feeds",
+    "in_order_of",
+    "names_by_key",
     "random_batches",
     "tensor_names",
     "tensors",
@@ -58,16 +60,21 @@ def array(tensor: Tensor) -> np.ndarray:
     return values
 
 
-def feeds(inputs: list[Any], batch: tuple[Any, ...]) -> dict[str, np.ndarray]:
+def feeds(inputs: list[Any], batch: tuple[Any, ...], names: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """A batch by the names of a file's inputs, floating tensors in the dtypes that it takes.
 
     Args:
         inputs: From `specnorm_fx.onnx.reading.graph_inputs`.
         batch: With as many tensors.
+        names: Of these; where they are not those of the inputs, the tensors are in the order of the inputs.
     """
     (onnx,) = require("onnx")
     fed = {}
-    for value, tensor in zip(inputs, tensors(batch), strict=True):
+    given = tensors(batch)
+    if {*names} == {value.name for value in inputs}:
+        by_name = dict(zip(names, given, strict=True))
+        given = [by_name[value.name] for value in inputs]
+    for value, tensor in zip(inputs, given, strict=True):
         fed[value.name] = array(tensor)
         if tensor.is_floating_point():
             taken = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
@@ -99,6 +106,38 @@ def tensor_names(model: nn.Module, args: tuple[Any, ...], input_names: Sequence[
     if len(given) > len(names):
         raise ValueError(f"input_names must name {len(names)} inputs at most, got {', '.join(given)}.")
     return [*given, *names[len(given) :]]
+
+
+def names_by_key(model: nn.Module, batch: tuple[Any, ...]) -> list[str]:
+    """The names that export gives the tensors of a batch with dicts, whose keys may come in any order.
+
+    Args:
+        model: As in `tensor_names`.
+        batch: For it.
+
+    Returns:
+        None of them for a batch without dicts, whose order is all there is.
+    """
+    leaves: Any = pytree.tree_flatten_with_path(batch)[0]
+    has_dicts = any(isinstance(key, pytree.MappingKey) for path, _ in leaves for key in path)
+    return tensor_names(model, batch, None) if has_dicts else []
+
+
+def in_order_of(args: tuple[Any, ...], batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A batch with the keys of its dicts in the order of the example's, which is that of the file's inputs.
+
+    Args:
+        args: Example inputs.
+        batch: Like them, or not: then it is returned as it is.
+    """
+    paths: Any = [path for path, _ in pytree.tree_flatten_with_path(args)[0]]
+    leaves: Any = dict(pytree.tree_flatten_with_path(batch)[0])
+    if {*paths} != leaves.keys():
+        return batch
+    ordered: tuple[Any, ...] = pytree.tree_unflatten(
+        [leaves[path] for path in paths], pytree.tree_structure(args)
+    )
+    return ordered
 
 
 def dynamic_dimensions(

@@ -14,7 +14,14 @@ from torch import nn
 from specnorm_fx.atomic import replaced
 from specnorm_fx.freeze import freeze
 from specnorm_fx.graph_module import SpectralNormGraphModule, resolve
-from specnorm_fx.onnx.batches import Args, as_batch, dynamic_dimensions, random_batches, tensor_names
+from specnorm_fx.onnx.batches import (
+    Args,
+    as_batch,
+    dynamic_dimensions,
+    in_order_of,
+    random_batches,
+    tensor_names,
+)
 from specnorm_fx.onnx.external_data import is_external, name_by_content, remove_older
 from specnorm_fx.onnx.extra import require
 from specnorm_fx.onnx.precision import checked_calibration
@@ -106,7 +113,7 @@ def export(
     if dynamic_shapes is not None and (dynamic_batch or axes is not None):
         raise ValueError("export takes dynamic_batch and axes, or dynamic_shapes, not both.")
     free = dynamic_dimensions(args, names, axes or {}, dynamic_batch)
-    batches = checked_calibration(precision, calibration, names)
+    batches = [in_order_of(args, batch) for batch in checked_calibration(precision, calibration, names)]
     if taken := sorted({*OWN} & set(metadata or {})):
         raise ValueError(f"metadata must have other keys than the file's own, got {', '.join(taken)}.")
     frozen = freeze(gm) if gm.sites() else copy.deepcopy(gm)

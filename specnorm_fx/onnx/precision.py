@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from specnorm_fx.onnx.batches import Args, as_batch, feeds, tensors
 from specnorm_fx.onnx.extra import require
-from specnorm_fx.onnx.reading import graph_inputs
+from specnorm_fx.onnx.reading import graph_inputs, precision_of
 
 __all__ = [
     "PRECISIONS",
@@ -168,7 +168,7 @@ def quantize(source: Path, written: Path, calibration: list[tuple[Any, ...]], ex
 
     Raises:
         ImportError: The extra ``onnx`` is not installed.
-        ValueError: The graph does not run on the calibration data.
+        ValueError: The graph does not run on the calibration data, or nothing of it is quantized.
     """
     onnx, quantization = require("onnx", "onnxruntime.quantization")
     graph = onnx.load(source, load_external_data=False).graph
@@ -193,6 +193,11 @@ def quantize(source: Path, written: Path, calibration: list[tuple[Any, ...]], ex
             )
         except Exception as error:  # onnxruntime raises types of its own, directly under Exception
             raise ValueError(f"calibration must hold batches of the shapes of args: {error}") from error
+    if precision_of(onnx.load(written, load_external_data=False).graph) != "int8":
+        raise ValueError(
+            "precision='int8' must find a weight to quantize, and found none: ONNX Runtime does not look "
+            "into the branches of torch.cond. Use another precision."
+        )
 
 
 class _Reader:
@@ -205,13 +210,13 @@ class _Reader:
         return next(self.fed, None)
 
 
-_one_at_a_time = threading.Lock()
+_one_quantizer = threading.Lock()
 
 
 @contextlib.contextmanager
 def _quiet_quantizer() -> Iterator[None]:
     """Without what onnxruntime.quantization advises through the root logger; one thread at a time."""
-    with _one_at_a_time:
+    with _one_quantizer:
         root, silent = logging.getLogger(), logging.NullHandler()
         level = logging.root.manager.disable
         root.addHandler(silent)  # logging.warning() would configure a root logger that has no handler

@@ -160,7 +160,10 @@ def weights_of(path: str | os.PathLike[str]) -> tuple[list[StoredWeight], dict[s
         sources = [name] if by is None else list(by.input)
         if dim is None or name in found or not all(source in initializers for source in sources):
             continue
-        values = _values([initializers[source] for source in sources], by)
+        try:
+            values = _values([initializers[source] for source in sources], by)
+        except (ValueError, IndexError) as error:  # of numpy: sizes, scales or an axis that do not fit
+            raise ValueError(f"{path} is damaged: {sources[0]} cannot be read ({error}).") from error
         if values is not None:
             # ONNX Runtime's quantizer appends to the name.
             fqn = name if by is None else sources[0].removesuffix("_quantized")
@@ -202,12 +205,20 @@ def _values(tensors: list[Any], dequantize: Any) -> Tensor | None:
 def _dequantized(
     node: Any, quantized: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = None
 ) -> Tensor:
-    """What a DequantizeLinear makes of a weight: one scale, or one for each place along its axis."""
-    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
-    shape = [1] * quantized.ndim
-    if scale.ndim:
-        shape[axis] = scale.size
+    """What a DequantizeLinear makes of a weight: one scale, or one for each place or block along an axis."""
+    options = {attribute.name: attribute.i for attribute in node.attribute}
+    axis, block = options.get("axis", 1), options.get("block_size", 0)
+
+    def spread(x: np.ndarray) -> np.ndarray:
+        """As many as there are weights, or as broadcasts to that."""
+        if block:
+            return np.repeat(x, block, axis).take(range(quantized.shape[axis]), axis).astype(np.float32)
+        shape = [1] * quantized.ndim
+        if x.ndim:
+            shape[axis] = x.size
+        return x.astype(np.float32).reshape(shape)
+
     shifted = quantized.astype(np.float32)
     if zero is not None:
-        shifted -= zero.astype(np.float32).reshape(shape)
-    return torch.from_numpy(shifted * scale.astype(np.float32).reshape(shape))
+        shifted -= spread(zero)
+    return torch.from_numpy(shifted * spread(scale))

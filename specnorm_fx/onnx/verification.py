@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from specnorm_fx.graph_module import resolve
-from specnorm_fx.onnx.batches import Args, Axes, array, as_batch, feeds, tensors
+from specnorm_fx.onnx.batches import Args, Axes, array, as_batch, feeds, names_by_key, tensors
 from specnorm_fx.onnx.external_data import is_external
 from specnorm_fx.onnx.extra import require
 from specnorm_fx.onnx.reading import graph_inputs, operators, precision_of, read_checked
@@ -103,7 +103,8 @@ def verify(
             as ONNX Runtime has no bf16 on the CPU.
         model: Any module in eval mode, transformed or not.
         inputs: One batch (a tensor, or a tuple of positional arguments) or a list of them. Floating
-            tensors are fed in the dtype that the file takes.
+            tensors are fed in the dtype that the file takes; those of a dict by the names that `export` gives
+            inputs, where the file has these, and all else in the order of the inputs.
         rtol: The largest relative difference allowed; by default 128 machine epsilons of fp32 (1.5e-5), or
             16 of fp16 (1.6e-2) or bf16 (0.12), of the coarser of file and output; 0.1 for int8; and
             none for integer outputs.
@@ -188,7 +189,7 @@ class _File:
         except Exception as error:  # both libraries raise types of their own, directly under Exception
             raise VerificationError(f"{path} is not a valid ONNX model: {error}") from error
 
-    def outputs(self, batch: tuple[Any, ...]) -> list[np.ndarray]:
+    def outputs(self, batch: tuple[Any, ...], names: Sequence[str] = ()) -> list[np.ndarray]:
         inputs, given = graph_inputs(self.proto.graph), len(tensors(batch))
         if len(inputs) != given:
             raise VerificationError(
@@ -196,7 +197,7 @@ class _File:
                 f"the batch has {given}."
             )
         try:
-            outputs: list[np.ndarray] = self.run(None, feeds(inputs, batch))
+            outputs: list[np.ndarray] = self.run(None, feeds(inputs, batch, names))
         except Exception as error:  # as above
             raise VerificationError(f"{self.evaluator} cannot run {self.path}: {error}") from error
         return outputs
@@ -215,7 +216,7 @@ def _compare(
     file: _File, model: nn.Module, batch: tuple[Any, ...], number: int, rtol: float | None
 ) -> Iterator[_Difference]:
     """The differences in the outputs for one batch; those above the limit are an error."""
-    outputs, expected = file.outputs(batch), _outputs(model, batch)
+    outputs, expected = file.outputs(batch, names_by_key(model, batch)), _outputs(model, batch)
     if len(outputs) != len(expected):
         raise VerificationError(f"{file.path} has {len(outputs)} outputs, and the model has {len(expected)}.")
     for output, (got, want) in enumerate(zip(outputs, expected, strict=True)):

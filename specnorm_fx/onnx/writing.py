@@ -67,6 +67,8 @@ def write(
         example = (*example, {})
     try:
         with _quiet_exporter():
+            if any(free):  # which it says where there are numbers among args; _name_dimensions_ does it
+                warnings.filterwarnings("ignore", message="# ONNX model has different number of inputs")
             program: Any = torch.onnx.export(
                 model,
                 example,
@@ -85,6 +87,7 @@ def write(
     _refuse_changed(program.model, free, opset_version, dynamic_shapes)
     if precision == "bf16":
         round_folded_(program.model)
+    _name_dimensions_(program.model, free)
     _name_initializers_(program.model, model)
     _drop_stack_traces_(program.model)
     if precision != "int8":
@@ -137,6 +140,20 @@ def _refuse_changed(model: Any, free: Axes, opset_version: int | None, dynamic_s
         )
 
 
+def _name_dimensions_(model: Any, free: Axes) -> None:
+    """Give dynamic dimensions their names, which the exporter does not if there are numbers among args."""
+    names: dict[Any, str] = {}
+    for value, dims in zip(model.graph.inputs, free, strict=False):
+        for dim, name in dims.items():
+            if name:
+                names.setdefault(value.shape[dim].value, name)
+    computed = (value for node in model.graph for value in node.outputs)
+    for value in (*model.graph.inputs, *computed):
+        for dim, size in enumerate(value.shape or ()):
+            if not isinstance(size, int) and size.value in names:
+                value.shape[dim] = names[size.value]
+
+
 def _name_initializers_(model: Any, frozen: fx.GraphModule) -> None:
     """Give a matrix that the exporter folded into its transpose the name of its parameter, in place."""
     taken = set(model.graph.initializers)
@@ -160,7 +177,7 @@ def _drop_stack_traces_(model: Any) -> None:
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
 
 
-_one_at_a_time = threading.Lock()
+_one_exporter = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -169,7 +186,7 @@ def _quiet_exporter() -> Iterator[None]:
 
     One thread at a time: these are settings of the process, and so are some of the exporter's own.
     """
-    with _one_at_a_time:
+    with _one_exporter:
         loggers = [
             logging.getLogger(name)
             for name in (
