@@ -136,7 +136,7 @@ def _store_(buffers: Sequence[list[Tensor]], vectors: Sequence[list[Tensor]], co
     if not all(counts):
         moved = [k for k, count in enumerate(counts + counts) if count]
         stored, fresh = [stored[k] for k in moved], [fresh[k] for k in moved]
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():  # in torch 2.11 it is, always
         ops.store_(stored, fresh)
     else:
         torch._foreach_copy_(stored, fresh)

@@ -236,6 +236,7 @@ def test_torch_func_in_one_compiled_step(update):
     assert close(vectors(gm), vectors(eager), torch.float64)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 takes any compile for an export")
 @pytest.mark.parametrize("name", ["discriminator", "labelled"])
 def test_inductor_makes_no_kernel_of_its_own_for_spectral_norm(name):
     """Neither to store u and v, for which the C++ compiler would have to run."""
