@@ -167,7 +167,7 @@ def _run(
     plan, weights = _planned(weights, dims, orders, n_power_iterations, eps, [False] * len(weights))
     dtype = weights[0].dtype
     stored = [x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous() for x in (*us, *vs)]
-    if (given := [x.numel() for x in stored]) != plan.sizes:
+    if (given := tuple([x.numel() for x in stored])) != plan.sizes:
         raise ValueError(f"u and v have {given} elements and need {plan.sizes}.")
     vectors = stored[0].new_empty(plan.size)
     sigmas = stored[0].new_empty(len(weights), dtype=torch.float64)
@@ -214,7 +214,7 @@ class _Plan:
         self._places = [places for _, places in layouts]
         ms = [shape[dim] for shape, _, dim, *_ in weights]
         ns = [math.prod(shape) // m for (shape, *_), m in zip(weights, ms, strict=True)]
-        self.sizes = [*ms, *ns]
+        self.sizes = (*ms, *ns)
         self.size = 0
         for site, places, m, n in zip(self.sites, self._places, ms, ns, strict=True):
             site.u_at, site.v_at = self.size, self.size + m

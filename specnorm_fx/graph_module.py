@@ -90,15 +90,16 @@ class SpectralNormGraphModule(fx.GraphModule):
         class_name: Shown by ``repr``; the original model's.
 
     Raises:
-        ValueError: A module, parameter or buffer of the root has the name of one of this class's attributes.
+        ValueError: A module, parameter or buffer of the root has the name of one of this class's
+            attributes, or an attribute that of one of its methods.
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str) -> None:
-        own = (*root._modules, *root._parameters, *root._buffers)
-        if taken := [name for name in own if hasattr(SpectralNormGraphModule, name)]:
+        found = {*root._modules, *root._parameters, *root._buffers} & _OWN_NAMES
+        if taken := sorted(found | (vars(root).keys() & {"call", "sites"})):
             raise ValueError(
-                f"{class_name} has {', '.join(map(repr, taken))} among its modules, parameters and buffers, "
-                f"a name that a transformed model has for something else. Rename it."
+                f"{class_name} has an attribute named {taken[0]!r}, which a transformed model has for "
+                f"something else. Rename it."
             )
         super().__init__(root, graph, class_name)
         # GraphModule registers plain tensors of the root (constants met in the trace) as buffers.
@@ -262,6 +263,10 @@ class SpectralNormGraphModule(fx.GraphModule):
         others = {k: hook for k, hook in self._load_state_dict_pre_hooks.items() if k not in hooks}
         body["_load_state_dict_pre_hooks"] = OrderedDict(others)
         return _rebuild, (body, imports, type(self).__name__, hooks)
+
+
+# What a module, parameter or buffer of the model cannot be called.
+_OWN_NAMES = {name for kind in SpectralNormGraphModule.__mro__ for name in vars(kind)} | {"meta"}
 
 
 def _rebuild(

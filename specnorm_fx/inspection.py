@@ -31,8 +31,8 @@ __all__ = ["Inspection", "Row", "inspect_checkpoint", "inspect_model", "inspect_
 # rows and columns than this only the largest is computed, by power iteration.
 SPECTRUM_SIZE = 2048
 
-# Elements of a weight that is looked at. A file of a few bytes may claim any number: one element, many times.
-LARGEST = 2**31
+# Elements of a weight, if fewer are stored: a file of a few bytes may claim any number, all in one place.
+LARGEST = 2**24
 
 # What singular values can be computed of; a checkpoint may hold others, such as float8.
 DTYPES = (
@@ -217,13 +217,13 @@ def _row(
     row = Row(fqn, tuple(weight.shape), dtype, status, why, sigma=sigma)
     if weight.numel() == 0:
         return _noted(row, "empty")
-    if weight.ndim < 2:
+    if weight.ndim == 0:
         return _noted(row, "no matrix")
     if not _is_readable(weight):
         kind = "on the meta device, without values" if weight.is_meta else "sparse, or of another dtype"
         return _noted(row, f"{kind}: no singular values")
-    if weight.numel() > LARGEST:
-        return _noted(row, "too large to be looked at")
+    if weight.numel() > max(LARGEST, weight.untyped_storage().nbytes() // weight.element_size()):
+        return _noted(row, "more elements than there are stored")
     matrix = reference.weight_matrix(weight.detach(), dim)
     if not matrix.isfinite().all():
         return _noted(row, "NaN or inf in the weight")

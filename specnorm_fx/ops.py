@@ -476,6 +476,8 @@ def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: Any, *argument
     for k in range(info.batch_size):
         selected = [x if dim is None else x.select(dim, k) for x, dim in zip(values, batched, strict=True)]
         results.append(operator(*tree_unflatten(selected, structure)))
+    if results[0] is None:
+        return None, None
     stacked = tree_map(lambda *parts: torch.stack(parts), *results)
     return stacked, tree_map(lambda _: 0, stacked)
 

@@ -350,3 +350,12 @@ def test_a_transposed_convolution_of_many_channels(order):
         )
         compared = 2 if order == "uv" else 1
         assert all(a <= b for a, b in list(zip(ours, theirs, strict=True))[:compared])
+
+
+@pytest.mark.parametrize("short", [0, 1], ids="uv")
+def test_u_and_v_of_another_length(short):
+    """They would be read past their end."""
+    weight, *pair, _ = problem((4, 6), 0)
+    pair[short] = pair[short][1:]
+    with pytest.raises(ValueError, match="elements and need"):
+        cpu_kernels.normalize([weight], [pair[0]], [pair[1]], [1], [EPS], [0], ["uv"])

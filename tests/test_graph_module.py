@@ -229,9 +229,16 @@ def test_a_shallow_copy_shares_the_tensors():
         assert (site.weight, site.u, site.v) == (other.weight, other.u, other.v)
 
 
-@pytest.mark.parametrize("name", ["sites", "call", "graph"])
+@pytest.mark.parametrize("name", ["sites", "call", "graph", "meta"])
 def test_names_that_a_transformed_model_has_for_itself(name):
     model = nn.Sequential()
     model.add_module(name, nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=f"Sequential has '{name}' among its modules.* Rename it"):
+    with pytest.raises(ValueError, match=f"Sequential has an attribute named '{name}'.* Rename it"):
+        transform(model)
+
+
+def test_attributes_by_the_names_of_its_methods():
+    model = nn.Linear(2, 2)
+    model.sites = 5
+    with pytest.raises(ValueError, match="Linear has an attribute named 'sites'"):
         transform(model)

@@ -328,7 +328,7 @@ def test_what_a_hostile_checkpoint_may_hold(tmp_path):
     rows = inspect_checkpoint(tmp_path / "c.pt").rows
     assert {row.fqn: row.why for row in rows} == {
         "a.weight": "u and v do not fit its shape",
-        "b": "too large to be looked at",
+        "b": "more elements than there are stored",
     }
     assert all(row.exact is None for row in rows)
 
@@ -349,6 +349,8 @@ def dequantized(path, scale, **attributes):
 
 
 def test_int8_with_a_scale_for_each_block(tmp_path):
+    dequantized(tmp_path / "d.onnx", np.array([[1.0], [3]]), axis=1, block_size=2**40)
+    assert len(inspect_onnx(tmp_path / "d.onnx").rows) == 1
     dequantized(tmp_path / "d.onnx", np.array([[1.0, 2], [3, 4]]), axis=1, block_size=2)
     (row,) = inspect_onnx(tmp_path / "d.onnx").rows
     want = torch.tensor([[3.0, 3, 6, 6], [9, 9, 12, 12]])

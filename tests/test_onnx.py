@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -233,14 +234,14 @@ def test_named_dimensions_beside_numbers(tmp_path):
             self.lin = nn.Linear(4, 3)
 
         def forward(self, x, scale, y):
-            return scale * self.lin(x).relu() + self.lin(y["of"])
+            return scale * self.lin(x).relu() + self.lin(y["of"]), torch.cat([x, x])
 
     gm = transform(Scaled()).eval()
     args = (torch.randn(2, 4), 2.0, {"of": torch.randn(2, 4), "by": 3})
     export(gm, args, tmp_path / "s.onnx", axes={"x": {0: "rows"}, "y_of": {0: "rows"}})
     graph = onnx.load(tmp_path / "s.onnx").graph
-    for value in (*graph.input, *graph.output):
-        assert value.type.tensor_type.shape.dim[0].dim_param == "rows"
+    names = [value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output)]
+    assert names == ["rows", "rows", "rows", "2*rows"]
 
 
 # --- External data ---
@@ -416,20 +417,45 @@ def test_a_dict_alone(tmp_path, dynamic_batch):
     assert names == ["inputs_a", "inputs_b"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_dicts_with_their_keys_in_another_order(tmp_path, precision):
-    class Difference(OfDict):
-        def forward(self, inputs):
-            return self.lin(inputs["a"]) - 2 * self.lin(inputs["b"])
+class OfKeys(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
 
-    gm = transform(Difference()).eval()
-    a, b = torch.randn(2, 4), 100 * torch.randn(2, 4)
-    turned = ({"b": b, "a": a},)
-    options = {"precision": precision, "calibration": [turned] if precision == "int8" else None}
-    for names in (None, ["first", "second"]):
-        export(gm, ({"a": a, "b": b},), tmp_path / "d.onnx", input_names=names, **options)
-        if names is None:
-            verify(tmp_path / "d.onnx", gm, turned)
+    def forward(self, inputs):
+        return self.lin(inputs["A.b"]) - 2 * self.lin(inputs["a"])
+
+
+def test_dicts_with_their_keys_in_another_order(tmp_path):
+    gm = transform(OfKeys()).eval()
+    a, b = torch.randn(2, 4), 100 * torch.randn(4)
+    export(gm, ({"A.b": a, "a": b},), tmp_path / "d.onnx", axes={"inputs_A.b": {0: "rows"}})
+    for model in (gm, torch.optim.swa_utils.AveragedModel(gm)):
+        verify(tmp_path / "d.onnx", model.eval(), ({"a": b, "A.b": a[:1]},), structure=True)
+
+
+@pytest.mark.parametrize("input_names", [None, ["first", "second"]])
+def test_calibration_in_dicts_with_their_keys_in_another_order(tmp_path, input_names):
+    gm = transform(OfKeys()).eval()
+    example = {"A.b": torch.randn(2, 4), "a": 100 * torch.randn(2, 4)}
+    turned = {"a": example["a"], "more": 3, "A.b": example["A.b"]}
+    export(
+        gm,
+        (example,),
+        tmp_path / "d.onnx",
+        precision="int8",
+        calibration=[(turned,)],
+        input_names=input_names,
+    )
+
+
+def test_inputs_without_keys_are_in_order(tmp_path):
+    Pair = namedtuple("Pair", "x y")
+    gm, x = transform(Two()).eval(), torch.randn(2, 4)
+    export(gm, Pair(x, 2 * x), tmp_path / "p.onnx")
+    verify(tmp_path / "p.onnx", gm, Pair(x, x))
+    with pytest.raises(VerificationError, match=r"takes 2 inputs \(x, y\), and the batch has 0"):
+        verify(tmp_path / "p.onnx", gm, ({},))
 
 
 def test_one_tensor_twice(tmp_path):

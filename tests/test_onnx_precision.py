@@ -235,17 +235,25 @@ def test_int8_leaves_grouped_transposed_convolutions(tmp_path):
     assert verification.precision == "int8"
 
 
-def test_int8_that_quantizes_nothing(tmp_path):
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lin = nn.Linear(4, 3)
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
 
-        def forward(self, x):
-            return torch.cond(x.sum() > 0, lambda x: self.lin(x), lambda x: -self.lin(x), (x,))
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: self.lin(x), lambda x: -self.lin(x), (x,)) + 1
 
-    x = torch.randn(2, 4)
-    gm = transform(Branches(), example_inputs=x).eval()
+
+@pytest.mark.parametrize(
+    ("make", "x", "captured"),
+    [
+        (Branches, torch.randn(2, 4), True),
+        (lambda: nn.ConvTranspose1d(4, 4, 3, groups=2), torch.randn(2, 4, 5), False),
+    ],
+    ids=["branches", "grouped"],
+)
+def test_int8_that_quantizes_no_weight(tmp_path, make, x, captured):
+    gm = transform(make(), example_inputs=x if captured else None).eval()
     with pytest.raises(ValueError, match="must find a weight to quantize, and found none"):
         export(gm, x, tmp_path / "b.onnx", precision="int8", calibration=[x])
     assert list(tmp_path.iterdir()) == []

@@ -792,6 +792,15 @@ def test_u_and_v_in_half_precision(kernels):
     assert torch.equal(got.out, want.out)
 
 
+@pytest.mark.parametrize("short", ["u", "v"])
+def test_u_and_v_of_another_length(kernels, short):
+    """They would be read past their end."""
+    case = make("small")
+    setattr(case, short, getattr(case, short)[1:])
+    with pytest.raises(ValueError, match="elements and need"):
+        run(kernels, [case])
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_model_trains_through_them(kernels, monkeypatch, compiled):
     """The whole way: operator, autograd, u and v copied back."""

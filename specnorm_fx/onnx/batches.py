@@ -1,5 +1,6 @@
 """Batches: arguments of a model, as an ONNX file takes them, with its dynamic dimensions."""
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -37,7 +38,7 @@ def as_batch(args: Args) -> tuple[Any, ...]:
     Args:
         args: One tensor, or a tuple.
     """
-    return args if isinstance(args, tuple) else (args,)
+    return tuple(args) if isinstance(args, tuple) else (args,)
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -101,11 +102,16 @@ def tensor_names(model: nn.Module, args: tuple[Any, ...], input_names: Sequence[
     names = []
     for position, *inner in paths:
         name = parameters[position.idx] if position.idx < len(parameters) else f"args_{position.idx}"
-        names.append("_".join([name, *(str(getattr(key, "idx", getattr(key, "key", key))) for key in inner)]))
+        names.append("_".join([name, *map(_text, inner)]))
     given = list(input_names or ())
     if len(given) > len(names):
         raise ValueError(f"input_names must name {len(names)} inputs at most, got {', '.join(given)}.")
     return [*given, *names[len(given) :]]
+
+
+def _text(key: Any) -> str:
+    """Of a dict, a sequence or a named tuple."""
+    return str(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)))
 
 
 def names_by_key(model: nn.Module, batch: tuple[Any, ...]) -> list[str]:
@@ -116,28 +122,32 @@ def names_by_key(model: nn.Module, batch: tuple[Any, ...]) -> list[str]:
         batch: For it.
 
     Returns:
-        None of them for a batch without dicts, whose order is all there is.
+        None of them for a batch without dicts, whose order is all there is, and where there are no names.
     """
-    leaves: Any = pytree.tree_flatten_with_path(batch)[0]
-    has_dicts = any(isinstance(key, pytree.MappingKey) for path, _ in leaves for key in path)
-    return tensor_names(model, batch, None) if has_dicts else []
+    try:
+        leaves: Any = pytree.tree_flatten_with_path(batch)[0]
+        has_dicts = any(isinstance(key, pytree.MappingKey) for path, _ in leaves for key in path)
+        return tensor_names(model, batch, None) if has_dicts else []
+    except ValueError:  # classes of the user's without keys, a ScriptModule without a signature, no tensor
+        return []
 
 
-def in_order_of(args: tuple[Any, ...], batch: tuple[Any, ...]) -> tuple[Any, ...]:
+def in_order_of(example: Any, batch: Any) -> Any:
     """A batch with the keys of its dicts in the order of the example's, which is that of the file's inputs.
 
     Args:
-        args: Example inputs.
-        batch: Like them, or not: then it is returned as it is.
+        example: Inputs, or a part of them.
+        batch: Like them, or not: then it is as it was.
     """
-    paths: Any = [path for path, _ in pytree.tree_flatten_with_path(args)[0]]
-    leaves: Any = dict(pytree.tree_flatten_with_path(batch)[0])
-    if {*paths} != leaves.keys():
-        return batch
-    ordered: tuple[Any, ...] = pytree.tree_unflatten(
-        [leaves[path] for path in paths], pytree.tree_structure(args)
-    )
-    return ordered
+    if isinstance(example, dict) and isinstance(batch, dict):
+        ordered = copy.copy(batch)
+        for key in [*(key for key in example if key in batch), *(key for key in batch if key not in example)]:
+            ordered[key] = in_order_of(example.get(key), ordered.pop(key))
+        return ordered
+    is_sequence = type(batch) in (tuple, list) and isinstance(example, (tuple, list))
+    if is_sequence and len(example) == len(batch):
+        return type(batch)(map(in_order_of, example, batch))
+    return batch
 
 
 def dynamic_dimensions(

@@ -131,7 +131,8 @@ def export(
             external_data=external_data,
             free=free,
             dynamic_shapes=dynamic_shapes,
-            input_names=input_names,
+            # All, since the exporter's own are those of its graph, in lower case and without dots.
+            input_names=names if len({*names}) == len(names) else input_names,
             output_names=output_names,
         )
         data = name_by_content(written)

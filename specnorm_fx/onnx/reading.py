@@ -152,7 +152,12 @@ def weights_of(path: str | os.PathLike[str]) -> tuple[list[StoredWeight], dict[s
     if not model.graph.node:
         raise ValueError(f"{path} is damaged or no ONNX file: it has no nodes.")
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    dequantized = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    dequantized = {
+        name: node
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear"
+        for name in node.output[:1]
+    }
     found: dict[str, StoredWeight] = {}
     for node in model.graph.node:
         name, dim = _weight_input(node)
@@ -162,7 +167,7 @@ def weights_of(path: str | os.PathLike[str]) -> tuple[list[StoredWeight], dict[s
             continue
         try:
             values = _values([initializers[source] for source in sources], by)
-        except (ValueError, IndexError) as error:  # of numpy: sizes, scales or an axis that do not fit
+        except Exception as error:  # of many kinds: sizes, scales, an axis or a type that do not fit
             raise ValueError(f"{path} is damaged: {sources[0]} cannot be read ({error}).") from error
         if values is not None:
             # ONNX Runtime's quantizer appends to the name.
@@ -212,7 +217,8 @@ def _dequantized(
     def spread(x: np.ndarray) -> np.ndarray:
         """As many as there are weights, or as broadcasts to that."""
         if block:
-            return np.repeat(x, block, axis).take(range(quantized.shape[axis]), axis).astype(np.float32)
+            size = quantized.shape[axis]
+            return np.repeat(x, min(block, size), axis).take(range(size), axis).astype(np.float32)
         shape = [1] * quantized.ndim
         if x.ndim:
             shape[axis] = x.size

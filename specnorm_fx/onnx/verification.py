@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from specnorm_fx.graph_module import resolve
-from specnorm_fx.onnx.batches import Args, Axes, array, as_batch, feeds, names_by_key, tensors
+from specnorm_fx.onnx.batches import Args, Axes, array, as_batch, feeds, in_order_of, names_by_key, tensors
 from specnorm_fx.onnx.external_data import is_external
 from specnorm_fx.onnx.extra import require
 from specnorm_fx.onnx.reading import graph_inputs, operators, precision_of, read_checked
@@ -216,7 +216,7 @@ def _compare(
     file: _File, model: nn.Module, batch: tuple[Any, ...], number: int, rtol: float | None
 ) -> Iterator[_Difference]:
     """The differences in the outputs for one batch; those above the limit are an error."""
-    outputs, expected = file.outputs(batch, names_by_key(model, batch)), _outputs(model, batch)
+    outputs, expected = file.outputs(batch, names_by_key(_unwrapped(model), batch)), _outputs(model, batch)
     if len(outputs) != len(expected):
         raise VerificationError(f"{file.path} has {len(outputs)} outputs, and the model has {len(expected)}.")
     for output, (got, want) in enumerate(zip(outputs, expected, strict=True)):
@@ -241,6 +241,14 @@ def _compare(
                 f"abs error {absolute:.3e}, max relative error {largest:.3e}, limit {limit:.3e}."
             )
         yield _Difference(absolute, largest, limit, _decades(relative))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model whose forward has the arguments' names, which wrappers hide."""
+    try:
+        return resolve(model)
+    except TypeError:
+        return model
 
 
 @torch.no_grad()
@@ -306,11 +314,13 @@ def _hold_structure(file: _File, model: nn.Module, batches: list[tuple[Any, ...]
     unroute_(plain)
     # Export has no fp64; its files in fp32 have the same operators.
     precision = "fp32" if file.precision == "fp64" else file.precision
-    free: Axes = []
+    by_input = {}
     for value in graph_inputs(file.proto.graph):
         dims = enumerate(value.type.tensor_type.shape.dim)
         names = {i: dim.dim_param for i, dim in dims if not dim.HasField("dim_value")}
-        free.append({i: name if name.isidentifier() else None for i, name in names.items()})
+        by_input[value.name] = {i: name if name.isidentifier() else None for i, name in names.items()}
+    keyed = names_by_key(resolve(model), batches[0])
+    free: Axes = [by_input[name] for name in (keyed if {*keyed} == by_input.keys() else by_input)]
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder, "plain.onnx")
         write(
@@ -318,7 +328,7 @@ def _hold_structure(file: _File, model: nn.Module, batches: list[tuple[Any, ...]
             batches[0],
             written,
             precision=precision,
-            calibration=batches if precision == "int8" else [],
+            calibration=[in_order_of(batches[0], batch) for batch in batches] if precision == "int8" else [],
             opset_version=next(entry.version for entry in file.proto.opset_import if not entry.domain),
             external_data=is_external(plain),
             free=free,

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import tempfile
 import threading
 import warnings
@@ -150,8 +151,8 @@ def _name_dimensions_(model: Any, free: Axes) -> None:
     computed = (value for node in model.graph for value in node.outputs)
     for value in (*model.graph.inputs, *computed):
         for dim, size in enumerate(value.shape or ()):
-            if not isinstance(size, int) and size.value in names:
-                value.shape[dim] = names[size.value]
+            if not isinstance(size, int) and size.value:  # a symbol, or a formula of some
+                value.shape[dim] = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.value)
 
 
 def _name_initializers_(model: Any, frozen: fx.GraphModule) -> None:

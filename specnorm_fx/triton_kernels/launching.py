@@ -173,6 +173,9 @@ def normalize(
 
         ``W / sigma`` of each, rounded once to the dtype of the weights, with shape and strides of the
         weight.
+
+    Raises:
+        ValueError: u or v have another number of elements than the weight needs.
     """
     vectors, sigmas, normalized = _forward(weights, us, vs, n_power_iterations, eps, dims, orders, True)
     return vectors, sigmas, normalized
@@ -224,7 +227,7 @@ def _forward(
     stored = [
         x if x.dtype == compute and x.is_contiguous() else x.to(compute).contiguous() for x in (*us, *vs)
     ]
-    if (given := [x.numel() for x in stored]) != plan.sizes:
+    if (given := tuple([x.numel() for x in stored])) != plan.sizes:
         raise ValueError(f"u and v have {given} elements and need {plan.sizes}.")
     vectors = torch.empty(plan.size, dtype=compute, device=device)
     sigmas = torch.empty(len(weights), dtype=torch.float64, device=device)

@@ -85,10 +85,10 @@ class Chunk(NamedTuple):
 class Plan(NamedTuple):
     """How all weights of a call are served."""
 
-    chunks: list[Chunk] = []  # noqa: RUF012 (nobody writes to it)
+    chunks: Sequence[Chunk] = ()
     copied: frozenset[int] = frozenset()  # weights (and gradients) to be read from a contiguous copy
     relaid: frozenset[int] = frozenset()  # gradients to be read from a copy with the strides of the weight
-    sizes: list[int] = []  # noqa: RUF012  # of every u, then of every v
+    sizes: tuple[int, ...] = ()  # of every u, then of every v
     size: int = 0  # of all together
     is_dense: bool = True  # else there is nothing here: no weight may have gaps
 
@@ -165,7 +165,7 @@ def forward_plan(
         xs = [many * (2 if swapped else 1) for swapped in table.swapped]
         chunks.append(table.chunk(indices, device, [0, xs, [3 * many - x for x in xs], 3 * many, 4 * many]))
     ms, ns = zip(*(weight.sides for weight in weights), strict=True)
-    return Plan(chunks, copied, sizes=[*ms, *ns], size=sum(ms) + sum(ns))
+    return Plan(chunks, copied, sizes=(*ms, *ns), size=sum(ms) + sum(ns))
 
 
 @functools.cache
