@@ -15,6 +15,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* To be changed with what the functions take: a library from before an update would write anywhere. */
+const int INTERFACE = 2;
+
 /* One build for every x86-64 machine: the loader picks the widest vectors that it has. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define VECTORISED __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -411,7 +414,7 @@ static int NAME(backward_batch)(const site *sites, const tensors *all, int64_t c
         starts[k + 1] = starts[k] + (all[k].grad ? parts(s->rows, gradient_step(s)) : 0);
         vectors += columns_of(s);
     }
-    double *products = malloc(chunks[count] * sizeof(double));
+    double *products = malloc(at_least(chunks[count], 1) * sizeof(double));
     REAL *scratch = malloc(vectors * sizeof(REAL)), **column_vectors = malloc(count * sizeof(REAL *));
     if (!products || !scratch || !column_vectors) {
         free(chunks), free(starts), free(products), free(scratch), free(column_vectors);

@@ -36,18 +36,32 @@ class _Site(ctypes.Structure):
     ]
 
 
+INTERFACE = 2  # of the C file
+
+
 @functools.cache
 def available() -> bool:
     """Whether the library was built with the package."""
-    return importlib.util.find_spec("specnorm_fx._cpu_kernels") is not None
+    return _library() is not None
+
+
+@functools.cache
+def _library() -> Any:
+    spec = importlib.util.find_spec("specnorm_fx._cpu_kernels")
+    if spec is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    try:
+        interface = ctypes.c_int.in_dll(library, "INTERFACE").value
+    except ValueError:
+        interface = 1
+    return library if interface == INTERFACE else None  # else left by another version, and not built anew
 
 
 @functools.cache
 def _function(name: str, dtype: torch.dtype) -> Any:
-    spec = importlib.util.find_spec("specnorm_fx._cpu_kernels")
-    assert spec is not None
     # It runs without the GIL, and on the OpenMP threads that PyTorch has started already.
-    library = ctypes.CDLL(spec.origin)
+    library = _library()
     function = getattr(library, f"{name}_{'float' if dtype == torch.float32 else 'double'}")
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     # sites, addresses, their number, threads; what follows.
@@ -144,7 +158,9 @@ def normalize_backward(
         for grad, w, turned in zip(grads, weights, plan.turned, strict=True)
     ]
     aligned = [
-        grad if grad is None or grad.stride() == w.stride() else torch.empty_like(w).copy_(grad)
+        grad
+        if grad is None or (grad.stride() == w.stride() and not grad.is_neg())
+        else torch.empty_like(w).copy_(grad)
         for grad, w in zip(grads, weights, strict=True)
     ]
     addresses = [0 if x is None else x.data_ptr() for x in (*weights, *aligned, *results)]

@@ -8,6 +8,8 @@
     The first without the division, for `specnorm_fx.update_`.
 ``specnorm_fx::singular_vectors`` (`singular_vectors`)
     u and v by torch's operations in torch's order, for ``implementation="reference"``.
+``specnorm_fx::store_`` (`store_`)
+    New u and v into their buffers, in compiled code.
 
 Operators, because ``torch.compile`` must not look inside: were the power iteration a part of the graph,
 Inductor would write the new u straight into its buffer and save that buffer for backward, where the next
@@ -472,6 +474,12 @@ def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: Any, *argument
     """``torch.vmap`` of an operator: a call for each element, of an ensemble of models say."""
     values, structure = tree_flatten(arguments)
     batched = tree_flatten(in_dims, is_leaf=lambda d: d is None)[0]
+    half = len(batched) // 2
+    if operator is store_ and any(a is None is not b for a, b in zip(batched, batched[half:], strict=False)):
+        raise RuntimeError(
+            "torch.vmap over weights must be over their u and v as well, which training changes: the models "
+            "cannot share one. Stack the buffers with the parameters."
+        )
     results = []
     for k in range(info.batch_size):
         selected = [x if dim is None else x.select(dim, k) for x, dim in zip(values, batched, strict=True)]

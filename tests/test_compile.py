@@ -249,3 +249,33 @@ def test_inductor_makes_no_kernel_of_its_own_for_spectral_norm(name):
         model(*case.inputs()).sum().backward()
         counts.append(torch._inductor.metrics.generated_kernel_count)
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_an_ensemble_in_training(shared):
+    """By vmap: each model moves its own u and v, and several cannot move one."""
+    gm = transform(nn.Linear(4, 3))
+    models = [copy.deepcopy(gm) for _ in range(2)]
+    for model in models:
+        nn.init.normal_(model.weight)
+    state = {name: torch.stack([model.state_dict()[name] for model in models]) for name in gm.state_dict()}
+    parameters = {name: state[name] for name, _ in gm.named_parameters()}
+    buffers = {name: state[name] for name, _ in gm.named_buffers()}
+    x = torch.randn(5, 4)
+    if shared:
+        buffers = dict(gm.named_buffers())
+
+    def run(parameters, buffers):
+        return torch.func.functional_call(gm, (parameters, buffers), (x,))
+
+    in_dims = (0, None if shared else 0)
+    ensemble = torch.compile(torch.vmap(run, in_dims), backend="aot_eager")
+    if shared:
+        with pytest.raises(RuntimeError, match="the models cannot share one"):
+            ensemble(parameters, buffers)
+        return
+    outputs = ensemble(parameters, buffers)
+    for k, model in enumerate(models):
+        assert relative_error(outputs[k], model(x)) < 1e-6
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffers[name][k], buffer)

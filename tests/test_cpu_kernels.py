@@ -359,3 +359,15 @@ def test_u_and_v_of_another_length(short):
     pair[short] = pair[short][1:]
     with pytest.raises(ValueError, match="elements and need"):
         cpu_kernels.normalize([weight], [pair[0]], [pair[1]], [1], [EPS], [0], ["uv"])
+
+
+def test_gradients_that_are_yet_to_be_negated():
+    """As PyTorch has the imaginary part of a conjugate."""
+    weight, u, v, grad = problem((4, 6), 0)
+    want, got = (by_kernel(weight, u, v, g, 1, 0, "uv")[3] for g in (-grad, torch._neg_view(grad)))
+    assert torch.equal(got, want)
+
+
+def test_a_library_of_another_version_is_left_alone(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "INTERFACE", cpu_kernels.INTERFACE + 1)
+    assert cpu_kernels._library.__wrapped__() is None

@@ -277,7 +277,8 @@ def in_threads(actions):
 
 def forget_plans():
     """As in a new process."""
-    for cached in (cpu_kernels.available, cpu_kernels._function, cpu_kernels._plan, cpu_kernels._places):
+    parts = (cpu_kernels._library, cpu_kernels._function, cpu_kernels._plan, cpu_kernels._places)
+    for cached in (cpu_kernels.available, *parts):
         cached.cache_clear()
 
 

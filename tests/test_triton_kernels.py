@@ -792,6 +792,17 @@ def test_u_and_v_in_half_precision(kernels):
     assert torch.equal(got.out, want.out)
 
 
+def test_gradients_that_are_yet_to_be_negated(kernels):
+    """As PyTorch has the imaginary part of a conjugate."""
+    case = make("small")
+    _, vectors, sigmas = run(kernels, [case])
+    grad = torch.randn_like(case.w)
+    (want,), (got,) = (
+        gradients(kernels, [case], [g], vectors, sigmas) for g in (-grad, torch._neg_view(grad))
+    )
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("short", ["u", "v"])
 def test_u_and_v_of_another_length(kernels, short):
     """They would be read past their end."""

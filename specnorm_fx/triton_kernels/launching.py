@@ -278,6 +278,7 @@ def normalize_backward(
         where G is None.
     """
     device, dtype = normalized[0].device, normalized[0].dtype
+    grads = [None if g is None else g.resolve_neg() for g in grads]  # the imaginary part of a conjugate
     grad_strides = tuple([None if g is None else g.stride() for g in grads])
     plan = backward_plan(device, dtype, *_geometry(normalized), tuple(dims), grad_strides)
     if not plan.is_dense:

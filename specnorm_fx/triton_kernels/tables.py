@@ -68,9 +68,8 @@ NEVER = 2**62  # start of the programs of a row that fills the table up to a pow
 
 
 class Chunk(NamedTuple):
-    """The table of the weights with these indices, at most `MAX_WEIGHTS`."""
+    """The table of some weights, at most `MAX_WEIGHTS`."""
 
-    indices: list[int]
     # What each argument of the launches takes from the addresses of all tensors.
     takes: list[Callable[[Sequence[int]], tuple[int, ...]]]
     table: Tensor  # [L, FIELDS] int64
@@ -280,7 +279,6 @@ class _Table:
         rows = self.rows + [dict.fromkeys(self.programs, NEVER)] * (count - len(indices))
         numbers = [[row.get(field, 0) for field in range(FIELDS.value)] for row in rows]
         return Chunk(
-            indices=indices,
             takes=takes,
             table=_kept(numbers, torch.int64, device),
             epsilons=_kept([w.eps for w in self.weights], torch.float64, device),
