@@ -13,7 +13,7 @@ from tests.models import CalledTwice, case_named, relative_error
 
 NEEDS_STORE = pytest.mark.skipif(
     torch.__version__ < "2.13",
-    reason="torch 2.11 takes any compile for an export, in which u and v are copied",
+    reason="torch 2.11 takes any compile for an export, where u and v are copied",
 )
 
 # Relative to eager; another order of summation is all that differs.
