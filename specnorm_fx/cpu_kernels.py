@@ -182,9 +182,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     plan, weights = _planned(weights, dims, orders, n_power_iterations, eps, [False] * len(weights))
     dtype = weights[0].dtype
-    stored = [x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous() for x in (*us, *vs)]
-    if (given := tuple([x.numel() for x in stored])) != plan.sizes:
-        raise ValueError(f"u and v have {given} elements and need {plan.sizes}.")
+    stored = reference.as_stored((*us, *vs), dtype, plan.sizes)
     vectors = stored[0].new_empty(plan.size)
     sigmas = stored[0].new_empty(len(weights), dtype=torch.float64)
     results = [torch.empty_like(weight) for weight in weights] if divides else []

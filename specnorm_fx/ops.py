@@ -421,8 +421,14 @@ def _differentiable_normalize(
 # --- Registration: with calls, not decorators, so that the functions above stay plain functions ---
 
 
-def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any] | None) -> Any:
-    """Register an operator; without ``fake`` one that is made of others."""
+def _define(
+    name: str,
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any] | None,
+    vmap: Callable[..., tuple[Any, Any]] | None = None,
+) -> Any:
+    """Register an operator; without ``fake`` one made of others; ``vmap`` instead of `_one_by_one`."""
     qualified = f"specnorm_fx::{name}.{REVISION}"
     # Any layout will do: else Inductor, which turns the weights of convolutions to channels_last, would turn
     # each back before the operator, and its result again after it (2.8 M weights: 20 % of a training step).
@@ -433,7 +439,7 @@ def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable
     overload._op = _past_dispatcher(overload._op, function)
     if fake is not None:
         torch.library.register_fake(qualified, fake)
-    torch.library.register_vmap(qualified, functools.partial(_one_by_one, overload))
+    torch.library.register_vmap(qualified, functools.partial(vmap or _one_by_one, overload))
     return overload
 
 
@@ -474,20 +480,24 @@ def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: Any, *argument
     """``torch.vmap`` of an operator: a call for each element, of an ensemble of models say."""
     values, structure = tree_flatten(arguments)
     batched = tree_flatten(in_dims, is_leaf=lambda d: d is None)[0]
-    half = len(batched) // 2
-    if operator is store_ and any(a is None is not b for a, b in zip(batched, batched[half:], strict=False)):
-        raise RuntimeError(
-            "torch.vmap over weights must be over their u and v as well, which training changes: the models "
-            "cannot share one. Stack the buffers with the parameters."
-        )
     results = []
     for k in range(info.batch_size):
         selected = [x if dim is None else x.select(dim, k) for x, dim in zip(values, batched, strict=True)]
         results.append(operator(*tree_unflatten(selected, structure)))
-    if results[0] is None:
+    if results[0] is None:  # an operator that returns nothing
         return None, None
     stacked = tree_map(lambda *parts: torch.stack(parts), *results)
     return stacked, tree_map(lambda _: 0, stacked)
+
+
+def _each_its_own(operator: Callable[..., Any], info: Any, in_dims: Any, *lists: Any) -> tuple[Any, Any]:
+    """``torch.vmap`` of `store_`: what all models share cannot keep the vectors of each."""
+    if any(buffer is None and vector is not None for buffer, vector in zip(*in_dims, strict=True)):
+        raise RuntimeError(
+            "torch.vmap over weights must be over their u and v as well, which training changes: the models "
+            "cannot share one. Stack the buffers with the parameters."
+        )
+    return _one_by_one(operator, info, in_dims, *lists)
 
 
 # (weights, us, vs, n_power_iterations, eps, dims, orders) -> (vectors, sigmas, normalized). `vectors` is one
@@ -539,4 +549,5 @@ store_ = _define(
     "(Tensor(a!)[] buffers, Tensor[] vectors) -> ()",
     _store,
     lambda buffers, vectors: None,
+    _each_its_own,
 )

@@ -22,6 +22,7 @@ for unit ``u``, ``v`` and a weight above ``eps``): the same operations in the sa
 
 import contextlib
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch import Tensor
 __all__ = [
     "AS_STORED",
     "INITIAL_ITERATIONS",
+    "as_stored",
     "autocast_off",
     "compute_dtype",
     "converge",
@@ -399,6 +401,26 @@ def residual(weight_mat: Tensor, u: Tensor, v: Tensor, eps: float) -> tuple[Tens
     gap_v = (product(weight_mat.H, u) - value.conj() * v).norm()
     size = value.abs()
     return size, torch.where(size <= eps, 0, torch.maximum(gap_u, gap_v) / size)  # NaN stays NaN
+
+
+def as_stored(vectors: Sequence[Tensor], dtype: torch.dtype, sizes: tuple[int, ...]) -> list[Tensor]:
+    """The u and v as kernels read them, which look at nothing but addresses.
+
+    Args:
+        vectors: Of any dtype: a model that was turned to half precision may have them in it.
+        dtype: What they are to have.
+        sizes: Elements that the weights need of each.
+
+    Returns:
+        The same tensors where they fit, else contiguous copies.
+
+    Raises:
+        ValueError: One has another number of elements.
+    """
+    stored = [x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous() for x in vectors]
+    if (given := tuple([x.numel() for x in stored])) != sizes:
+        raise ValueError(f"u and v have {given} elements and need {sizes}.")
+    return stored
 
 
 @functools.lru_cache(maxsize=4096)

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,6 +21,7 @@ __all__ = [
     "dynamic_dimensions",
     "feeds",
     "in_order_of",
+    "inputs_in_order",
     "names_by_key",
     "random_batches",
     "tensor_names",
@@ -71,16 +72,24 @@ def feeds(inputs: list[Any], batch: tuple[Any, ...], names: Sequence[str] = ()) 
     """
     (onnx,) = require("onnx")
     fed = {}
-    given = tensors(batch)
-    if {*names} == {value.name for value in inputs}:
-        by_name = dict(zip(names, given, strict=True))
-        given = [by_name[value.name] for value in inputs]
-    for value, tensor in zip(inputs, given, strict=True):
-        fed[value.name] = array(tensor)
+    by_name = {value.name: value for value in inputs}
+    for name, tensor in zip(inputs_in_order(by_name, names), tensors(batch), strict=True):
+        fed[name] = array(tensor)
         if tensor.is_floating_point():
-            taken = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            fed[value.name] = fed[value.name].astype(taken)
+            taken = onnx.helper.tensor_dtype_to_np_dtype(by_name[name].type.tensor_type.elem_type)
+            fed[name] = fed[name].astype(taken)
     return fed
+
+
+def inputs_in_order(inputs: Iterable[str], names: Sequence[str]) -> list[str]:
+    """The input of a file that each tensor of a batch goes to.
+
+    Args:
+        inputs: Names of the file's inputs.
+        names: Of the tensors, as in `feeds`.
+    """
+    inputs = list(inputs)
+    return list(names) if {*names} == {*inputs} else inputs
 
 
 def tensor_names(model: nn.Module, args: tuple[Any, ...], input_names: Sequence[str] | None) -> list[str]:

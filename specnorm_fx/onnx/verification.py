@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from specnorm_fx.graph_module import resolve
-from specnorm_fx.onnx.batches import Args, Axes, array, as_batch, feeds, in_order_of, names_by_key, tensors
+from specnorm_fx.onnx.batches import (
+    Args,
+    Axes,
+    array,
+    as_batch,
+    feeds,
+    in_order_of,
+    inputs_in_order,
+    names_by_key,
+    tensors,
+)
 from specnorm_fx.onnx.external_data import is_external
 from specnorm_fx.onnx.extra import require
 from specnorm_fx.onnx.reading import graph_inputs, operators, precision_of, read_checked
@@ -319,8 +329,8 @@ def _hold_structure(file: _File, model: nn.Module, batches: list[tuple[Any, ...]
         dims = enumerate(value.type.tensor_type.shape.dim)
         names = {i: dim.dim_param for i, dim in dims if not dim.HasField("dim_value")}
         by_input[value.name] = {i: name if name.isidentifier() else None for i, name in names.items()}
-    keyed = names_by_key(resolve(model), batches[0])
-    free: Axes = [by_input[name] for name in (keyed if {*keyed} == by_input.keys() else by_input)]
+    names_given = names_by_key(resolve(model), batches[0])
+    free: Axes = [by_input[name] for name in inputs_in_order(by_input, names_given)]
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder, "plain.onnx")
         write(

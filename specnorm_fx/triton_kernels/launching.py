@@ -223,12 +223,7 @@ def _forward(
     plan = forward_plan(device, dtype, divide, *_geometry(weights), *map(tuple, options))
     if not plan.is_dense:
         return _forward([*map(_dense, weights)], us, vs, n_power_iterations, eps, dims, orders, divide)
-    # A model that was turned to half precision may have u and v in it.
-    stored = [
-        x if x.dtype == compute and x.is_contiguous() else x.to(compute).contiguous() for x in (*us, *vs)
-    ]
-    if (given := tuple([x.numel() for x in stored])) != plan.sizes:
-        raise ValueError(f"u and v have {given} elements and need {plan.sizes}.")
+    stored = reference.as_stored((*us, *vs), compute, plan.sizes)
     vectors = torch.empty(plan.size, dtype=compute, device=device)
     sigmas = torch.empty(len(weights), dtype=torch.float64, device=device)
     # Without division nothing is written there, so any address will do.

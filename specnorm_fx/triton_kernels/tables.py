@@ -121,9 +121,9 @@ def forward_plan(
         orders: Of each.
         eps: Of each.
     """
-    weights = [*map(Weight, shapes, strides, dims, n_power_iterations, orders, eps)]
     if not all(map(reference.is_dense, shapes, strides)):
         return Plan(is_dense=False)
+    weights = [*map(Weight, shapes, strides, dims, n_power_iterations, orders, eps)]
     many, itemsize = len(weights), dtype.itemsize
     us, vs = _vector_starts(weights)
     copied = frozenset(i for i, weight in enumerate(weights) if weight.axes() is None)
