@@ -37,6 +37,8 @@ const int INTERFACE = 2;
 /* Products that go into one sum of a row, before it is added to the others: with few vector lanes (SSE2, NEON)
    the error would else be larger than torch's. */
 #define ONE_SUM 2048
+/* Sums that grow side by side, each waiting for its own last addition alone. */
+#define LANES 32
 /* Lengths outside of these are left to the caller: inside, squares and fourth powers of sigma are normal. */
 #define SHORTEST 1e-15
 #define LONGEST 1e15
@@ -213,6 +215,20 @@ VECTORISED static double NAME(inner)(const REAL *x, const REAL *y, int64_t n) {
 #pragma omp simd reduction(+ : sum)
     for (int64_t k = 0; k < n; k++) sum += (double)x[k] * y[k];
     return sum;
+}
+
+/* The same of matrices, for which `inner` would wait for its additions and not for the memory. */
+VECTORISED static double NAME(inner_of_matrices)(const REAL *x, const REAL *y, int64_t n) {
+    double total = 0;
+    int64_t k = 0;
+    while (n - k >= LANES) {
+        const int64_t to = at_most(k + ONE_SUM, n - LANES + 1);
+        REAL sums[LANES] = {0};
+        for (; k < to; k += LANES)
+            for (int64_t lane = 0; lane < LANES; lane++) sums[lane] += x[k + lane] * y[k + lane];
+        for (int64_t lane = 0; lane < LANES; lane++) total += sums[lane];
+    }
+    return total + NAME(inner)(x + k, y + k, n - k);
 }
 
 VECTORISED static void NAME(divide)(const REAL *x, REAL divisor, REAL *result, int64_t n) {
@@ -432,7 +448,8 @@ static int NAME(backward_batch)(const site *sites, const tensors *all, int64_t c
         for (int64_t c = 0; c < chunks[count]; c++) {
             int64_t k = find(chunks, count, c), first = (c - chunks[k]) * BLOCK;
             int64_t size = at_most(BLOCK, size_of(sites + k) - first);
-            products[c] = NAME(inner)((const REAL *)all[k].grad + first, (const REAL *)all[k].weight + first, size);
+            products[c] = NAME(inner_of_matrices)((const REAL *)all[k].grad + first,
+                                                  (const REAL *)all[k].weight + first, size);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t b = 0; b < starts[count]; b++) {
