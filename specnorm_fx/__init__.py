@@ -1,9 +1,9 @@
 """specnorm_fx: spectral norm for PyTorch models as a graph pass."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from specnorm_fx import gradient_penalty as gradient_penalty
-from specnorm_fx import onnx as onnx
 from specnorm_fx.checkpoint import convert_state_dict as convert_state_dict
 from specnorm_fx.config import SpectralNormConfig as SpectralNormConfig
 from specnorm_fx.explain import explain as explain
@@ -19,6 +19,7 @@ from specnorm_fx.update import update_after as update_after
 from specnorm_fx.update import warm_up_ as warm_up_
 
 if TYPE_CHECKING:
+    from specnorm_fx import onnx as onnx
     from specnorm_fx.backend import FuseSpectralNorm as FuseSpectralNorm
     from specnorm_fx.backend import specnorm as specnorm
 
@@ -44,9 +45,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The compiler's side, on first use: it loads Inductor, which takes as long as torch itself."""
+    """On first use: the compiler's side takes as long to load as torch itself, and ONNX's needs numpy."""
     if name in ("FuseSpectralNorm", "specnorm"):
-        from specnorm_fx import backend
-
-        return getattr(backend, name)
+        return getattr(importlib.import_module("specnorm_fx.backend"), name)
+    if name == "onnx":
+        return importlib.import_module("specnorm_fx.onnx")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

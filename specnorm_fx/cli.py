@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 
 import specnorm_fx
+from specnorm_fx.atomic import replaced
 from specnorm_fx.checkpoint import LAYOUTS, find_weights
 from specnorm_fx.graph_module import SpectralNormGraphModule
 from specnorm_fx.inputs import (
@@ -134,7 +135,7 @@ def _export(args: argparse.Namespace) -> str:
             example,
             args.output,
             dynamic_batch=args.dynamic_batch,
-            axes=dict(args.axes) if args.axes else None,
+            axes=args.axes,
             input_names=args.input_names,
             output_names=args.output_names,
             opset_version=args.opset,
@@ -166,7 +167,12 @@ def _verify(args: argparse.Namespace) -> str:
     model = _trained(args)
     sizes = range(1, args.batches + 1)
     batches = [example_inputs(model, args.input or file_inputs(taken, size)) for size in sizes]
-    verification = specnorm_fx.onnx.verify(args.file, model, batches, rtol=args.rtol, structure=True)
+    try:
+        verification = specnorm_fx.onnx.verify(args.file, model, batches, rtol=args.rtol, structure=True)
+    except VerificationError:
+        raise
+    except RuntimeError as error:  # the exporter, which makes the file to compare with
+        raise LoadError(f"The operators cannot be compared ({brief(error)}).") from error
     if args.json:
         return str(verification.to_json())
     errors = ", ".join(f"{decade}: {count}" for decade, count in verification.histogram.items())
@@ -177,9 +183,13 @@ def _verify(args: argparse.Namespace) -> str:
 def _inspect(args: argparse.Namespace) -> str:
     from specnorm_fx import inspection
 
-    if args.target.endswith(".onnx"):
+    is_onnx = args.target.endswith(".onnx")
+    is_model = is_program(args.target) or (":" in args.target and not Path(args.target).exists())
+    if not is_model and (args.checkpoint or args.select or args.kwargs):
+        raise LoadError(f"--checkpoint, --select and --kwargs are for a MODEL, and {args.target} is none.")
+    if is_onnx:
         found = inspection.inspect_onnx(args.target)
-    elif is_program(args.target) or (":" in args.target and not Path(args.target).exists()):
+    elif is_model:
         # Without weights or a selection to put on it the model is shown as its factory gives it.
         as_it_is = args.checkpoint is None and args.select is None and not is_program(args.target)
         model = build_model(args.target, args.kwargs) if as_it_is else _load(args, args.target)
@@ -189,10 +199,11 @@ def _inspect(args: argparse.Namespace) -> str:
             raise LoadError(brief(error)) from error
     else:
         found = inspection.inspect_checkpoint(args.target)
-    if args.plot:
-        found.plot(args.plot)
-    if args.html:
-        found.html(args.html)
+    with contextlib.ExitStack() as both:  # of the two files both, or none
+        if args.plot:
+            found.plot(both.enter_context(replaced(args.plot)))
+        if args.html:
+            found.html(both.enter_context(replaced(args.html)))
     return str(found.to_json() if args.json else found)
 
 
@@ -254,6 +265,15 @@ class _Parser(argparse.ArgumentParser):
         raise LoadError(f"{message}; see {self.prog} --help")
 
 
+class _Merged(argparse.Action):
+    """What is said of an input in several places, put together."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        name, axes = values
+        merged: dict[str, dict[int, str | None]] = getattr(namespace, self.dest) or {}
+        setattr(namespace, self.dest, merged | {name: merged.get(name, {}) | axes})
+
+
 def _input(text: str) -> Input:
     found = re.fullmatch(r"(?:([^=:]+)=)?([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?", text)
     if not found or (found[3] or "float32") not in DTYPES:
@@ -309,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     _input_arguments(add)
     add("-o", "--output", type=Path, required=True, metavar="F.onnx", help="the file to write")
     add("--dynamic-batch", action="store_true", help="leave the first size of every input free")
-    add("--axes", type=_axes, action="append", help="sizes left free, as image=0:batch,2:height")
+    add("--axes", type=_axes, action=_Merged, help="sizes left free, as image=0:batch,2:height")
     add("--opset", type=int, metavar="N", help="ONNX opset (default: the exporter's)")
     add("--input-names", type=_names, metavar="A,B", help="names of the file's inputs")
     add("--output-names", type=_names, metavar="A,B", help="names of the file's outputs")

@@ -149,7 +149,7 @@ class Selection:
     def __init__(self, select: Select, default: SpectralNormConfig) -> None:
         if isinstance(select, Mapping):
             self.rules = [Rule(_checked(p), _checked_config(p, c)) for p, c in select.items()]
-        elif isinstance(select, list):
+        elif isinstance(select, list | tuple) and not _is_types(select):
             self.rules = [Rule(_checked(pattern), default) for pattern in select]
         else:
             self.rules = [Rule(_checked(select), default)]
@@ -190,9 +190,12 @@ class Selection:
                 raise ValueError(f"select pattern {rule} matches only weights out of reach: {reasons}.")
 
 
+def _is_types(parts: Sequence[Any]) -> bool:
+    return bool(parts) and all(isinstance(p, type) and issubclass(p, nn.Module) for p in parts)
+
+
 def _checked(pattern: Any) -> Pattern:
-    parts = pattern if isinstance(pattern, tuple) else (pattern,)
-    is_types = parts and all(isinstance(p, type) and issubclass(p, nn.Module) for p in parts)
+    is_types = _is_types(pattern if isinstance(pattern, tuple) else (pattern,))
     is_callable = callable(pattern) and not isinstance(pattern, type)
     if not (is_types or is_callable or isinstance(pattern, str)):
         raise TypeError(

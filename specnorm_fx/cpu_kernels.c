@@ -423,6 +423,10 @@ static int NAME(backward_batch)(const site *sites, const tensors *all, int64_t c
                                 const double *sigmas) {
     int64_t *chunks = malloc((count + 1) * sizeof(int64_t)), *starts = malloc((count + 1) * sizeof(int64_t));
     int64_t vectors = 0;
+    if (!chunks || !starts) {
+        free(chunks), free(starts);
+        return 0;
+    }
     chunks[0] = starts[0] = 0;
     for (int64_t k = 0; k < count; k++) {
         const site *s = sites + k;

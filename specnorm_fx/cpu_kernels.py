@@ -11,13 +11,14 @@ import ctypes
 import functools
 import importlib.util
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specnorm_fx import reference
+from specnorm_fx import memory, reference
 
 __all__ = ["DTYPES", "available", "normalize", "normalize_backward", "power_iteration"]
 
@@ -50,7 +51,15 @@ def _library() -> Any:
     spec = importlib.util.find_spec("specnorm_fx._cpu_kernels")
     if spec is None:
         return None
-    library = ctypes.CDLL(spec.origin)
+    try:
+        library = ctypes.CDLL(spec.origin)
+    except OSError as error:  # without OpenMP's runtime, say
+        warnings.warn(
+            f"The library for the CPU cannot be loaded, so spectral norm goes by single operations there, "
+            f"which is slower. Install specnorm_fx anew, got: {error}",
+            stacklevel=2,
+        )
+        return None
     try:
         interface = ctypes.c_int.in_dll(library, "INTERFACE").value
     except ValueError:
@@ -182,7 +191,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     plan, weights = _planned(weights, dims, orders, n_power_iterations, eps, [False] * len(weights))
     dtype = weights[0].dtype
-    stored = reference.as_stored((*us, *vs), dtype, plan.sizes)
+    stored = memory.contiguous_vectors((*us, *vs), dtype, plan.sizes)
     vectors = stored[0].new_empty(plan.size)
     sigmas = stored[0].new_empty(len(weights), dtype=torch.float64)
     results = [torch.empty_like(weight) for weight in weights] if divides else []
@@ -234,7 +243,7 @@ class _Plan:
             site.u_at, site.v_at = self.size, self.size + m
             site.places = 0 if places is None else places.data_ptr()
             self.size += m + n
-        self.is_dense = all(reference.is_dense(shape, stride) for shape, stride, *_ in weights)
+        self.is_dense = all(memory.is_dense(shape, stride) for shape, stride, *_ in weights)
 
 
 def _planned(

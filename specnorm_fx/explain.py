@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from specnorm_fx.adopt import find_torch_sn
 from specnorm_fx.fuse import Fused, Passed, fqn_in_source, fuse_
@@ -99,6 +99,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     modules = list(model.modules())
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     registered = [dict(module._buffers) for module in modules]
+    # The old hook's weight, W / sigma, is a plain attribute that every forward sets.
+    set_by_hooks = [{k: x for k, x in vars(module).items() if isinstance(x, Tensor)} for module in modules]
     compiled = [module._compiled_call_impl for module in modules]
     torch._dynamo.reset()
     try:
@@ -107,8 +109,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         with torch.random.fork_rng():
             torch.compile(model, backend=record)(*args, **kwargs)
     finally:
-        for module, held, call in zip(modules, registered, compiled, strict=True):
+        for module, held, plain, call in zip(modules, registered, set_by_hooks, compiled, strict=True):
             module._buffers, module._compiled_call_impl = held, call
+            vars(module).update(plain)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -36,7 +36,7 @@ def freeze(model: nn.Module) -> fx.GraphModule:
         A GraphModule in eval mode; its ``state_dict()`` is `frozen_state_dict`.
 
     Raises:
-        TypeError: ``model`` holds no transformed model.
+        TypeError: ``model`` holds no transformed model, or has one only as a part.
         RuntimeError: It is in training mode, already frozen, or keeps torch's own spectral norm on a weight.
     """
     gm = resolve(model)

@@ -58,9 +58,14 @@ class Site:
     u: Tensor
     v: Tensor
 
+    @property
+    def dim(self) -> int:
+        """The output dimension of the weight."""
+        return self.config.dim or 0
+
     def matrix(self) -> Any:
         """The stored weight, detached, as in `sharded.matrix`."""
-        return sharded.matrix(self.weight.detach(), self.config.dim or 0)
+        return sharded.matrix(self.weight.detach(), self.dim)
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """U and v in the dtype of `matrix`."""
@@ -287,7 +292,7 @@ def _converged(site: Site, loaded: Any, loaded_u: Any) -> tuple[Tensor, Tensor]:
         return site.u, site.v  # PyTorch reports the weight
     like = loaded if site.weight.is_meta else site.weight  # the weight is to be assigned
     weight = loaded.detach().to(device=like.device, dtype=like.dtype)
-    weight_mat = sharded.matrix(weight, site.config.dim or 0)
+    weight_mat = sharded.matrix(weight, site.dim)
     dtype, device = reference.compute_dtype(weight), weight.device
     start = (torch.empty_like(x, dtype=dtype, device=device) for x in (site.u, site.v))
     u, v = reference.random_start(*start)

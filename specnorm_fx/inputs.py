@@ -150,7 +150,7 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def calibration_batches(
     path: str | os.PathLike[str], example: tuple[Tensor, ...]
-) -> Iterator[tuple[Tensor, ...]]:
+) -> list[tuple[Tensor, ...]]:
     """Stored inputs in batches, as many rows each as the example has.
 
     Args:
@@ -171,11 +171,10 @@ def calibration_batches(
     batches = [batch for file in files for batch in _slices(_arrays(file, example), example)]
     if not batches:
         raise LoadError(f"{path} must hold at least {len(example[0])} inputs, one batch, got fewer.")
-    # Read one by one: the arrays of .npy files have stayed on the disk.
-    return (
+    return [
         tuple(torch.from_numpy(np.array(part)).to(x.dtype) for part, x in zip(batch, example, strict=True))
         for batch in batches
-    )
+    ]
 
 
 def _arrays(file: Path, example: tuple[Tensor, ...]) -> list[np.ndarray]:

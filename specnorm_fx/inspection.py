@@ -74,7 +74,7 @@ def inspect_model(model: nn.Module) -> Inspection:
     for fqn, site in sites_of(model).items():
         whole = sharded.full(stored.get(id(site.weight), site.weight).detach())
         vectors = site.vectors() if status == "normalised" else None
-        rows.append(_row(fqn, whole, site.config.dim or 0, status, vectors=vectors, eps=site.config.eps))
+        rows.append(_row(fqn, whole, site.dim, status, vectors=vectors, eps=site.config.eps))
     for fqn, weight, why in skipped_weights(model):
         dim = 1 if issubclass(weight.kind, capture.TRANSPOSED) else 0
         parameter = stored.get(id(weight.parameter), weight.parameter)
@@ -233,7 +233,7 @@ def _row(
         pair = reference.converge(matrix, *reference.random_start(matrix[:, 0], matrix[0]), eps)
         row = replace(row, exact=reference.sigma(matrix, *pair).abs().item())
         return _noted(row, "too large for all singular values: the largest by power iteration")
-    values = _singular_values(matrix)
+    values = reference.singular_values(matrix)
     exact, smallest = values[0].item(), values[-1].item()
     full_rank = smallest > exact * max(matrix.shape) * torch.finfo(matrix.dtype).eps
     condition = exact / smallest if full_rank else None
@@ -255,21 +255,6 @@ def _by_vectors(row: Row, matrix: Tensor, vectors: Sequence[Tensor], eps: float)
 def _noted(row: Row, why: str) -> Row:
     """With a note, where it has none yet."""
     return replace(row, why=row.why or why)
-
-
-def _singular_values(matrix: Tensor) -> Tensor:
-    """The largest first.
-
-    Of an fp32 matrix by the eigenvalues of its product with itself, which in fp64 squares no rounding that
-    fp32 would not have: 1024 x 9216 takes seconds where the SVD in fp32 takes most of a minute.
-    """
-    double = {torch.float32: torch.float64, torch.complex64: torch.complex128}.get(matrix.dtype)
-    if double is None:
-        svd: Tensor = torch.linalg.svdvals(matrix)
-        return svd
-    matrix = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mH).to(double)
-    squares: Tensor = torch.linalg.eigvalsh(matrix @ matrix.mH)
-    return squares.clamp(min=0).sqrt().flip(0)
 
 
 def _finite(value: Tensor) -> float | None:

@@ -160,11 +160,16 @@ def _import_source(source: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    # Not under the bare stem, which may be that of a module in use (torch.py, model.py).
-    spec: Any = importlib.util.spec_from_file_location(f"_factory_of_{path.stem}", path)
+    # Not under the bare stem, which may be that of a module in use (torch.py, model.py), or of another file.
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    spec: Any = importlib.util.spec_from_file_location(f"_factory_of_{path.stem}_{place}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # torch looks classes up by their module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module.__name__]
+        raise
     return module
 
 
@@ -312,7 +317,7 @@ def strip_wrappers(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str,
     own = model.state_dict().keys()
     for prefix in WRAPPERS:
         own_too = all(key.startswith(prefix) for key in own)
-        if not own_too and all(key.startswith(prefix) for key in state_dict):
+        if state_dict and not own_too and all(key.startswith(prefix) for key in state_dict):
             unwrapped = {key.removeprefix(prefix): value for key, value in state_dict.items()}
             return strip_wrappers(unwrapped, model)
     return dict(state_dict)

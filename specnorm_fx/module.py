@@ -95,7 +95,7 @@ class SpectralNorm(nn.Module):
         """The sites by how they are computed, as many together as one call takes."""
         spread = [i for i in sites if sharded.is_sharded(weights[i])]
         auto = [i for i in sites if i in self._auto and i not in spread]
-        ways = [(_TOGETHER, [auto[k] for k in group]) for group in ops.groups([weights[i] for i in auto])]
+        ways = [(_BY_OPERATOR, [auto[k] for k in group]) for group in ops.groups([weights[i] for i in auto])]
         taken = {i for _, group in (*ways, (_SHARDED, spread)) for i in group}
         others = [i for i in sites if i not in taken]
         return [*ways, *((way, group) for way, group in ((_REFERENCE, others), (_SHARDED, spread)) if group)]
@@ -136,10 +136,10 @@ def _store_(buffers: Sequence[list[Tensor]], vectors: Sequence[list[Tensor]], co
     if not all(counts):
         moved = [k for k, count in enumerate(counts + counts) if count]
         stored, fresh = [stored[k] for k in moved], [fresh[k] for k in moved]
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():  # in torch 2.11 it is, always
-        ops.store_(stored, fresh)
-    else:
+    if torch.compiler.is_exporting():  # others read the program (in torch 2.11 any compile counts)
         torch._foreach_copy_(stored, fresh)
+    else:
+        ops.store_(stored, fresh)
 
 
 # --- How sites are computed. Each takes (weights, us, vs, n, eps, dims, orders). ---
@@ -152,14 +152,14 @@ class _Way(NamedTuple):
     iterate: Callable[..., tuple[list[Tensor], list[Tensor]]]
 
 
-def _normalize_together(
+def _normalize_by_operator(
     weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *options: Any
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     vectors, _, normalized = ops.normalize(weights, us, vs, *options, True)
     return *ops.split(vectors, weights, options[2]), normalized
 
 
-def _iterate_together(
+def _iterate_by_operator(
     weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *options: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
     vectors, _ = ops.power_iteration(weights, us, vs, *options)
@@ -200,6 +200,6 @@ def _iterate_sharded(
     return sharded.power_iteration(matrices, us, vs, n, eps, orders)
 
 
-_TOGETHER = _Way(_normalize_together, _iterate_together)
+_BY_OPERATOR = _Way(_normalize_by_operator, _iterate_by_operator)
 _REFERENCE = _Way(_normalize_by_reference, ops.singular_vectors)
 _SHARDED = _Way(_normalize_sharded, _iterate_sharded)

@@ -2,14 +2,14 @@
 
 ``specnorm_fx::normalize`` (`normalize`)
     Power iteration, sigma and ``W / sigma`` of weights of one device and compute dtype, differentiable.
-``specnorm_fx::normalize_backward``
-    Its gradient.
+``specnorm_fx::normalize_forward``, ``specnorm_fx::normalize_backward``
+    What that is made of: the same without gradient, and the gradient.
 ``specnorm_fx::power_iteration`` (`power_iteration`)
     The first without the division, for `specnorm_fx.update_`.
 ``specnorm_fx::singular_vectors`` (`singular_vectors`)
     u and v by torch's operations in torch's order, for ``implementation="reference"``.
 ``specnorm_fx::store_`` (`store_`)
-    New u and v into their buffers, in compiled code.
+    New u and v into their buffers.
 
 Operators, because ``torch.compile`` must not look inside: were the power iteration a part of the graph,
 Inductor would write the new u straight into its buffer and save that buffer for backward, where the next
@@ -355,10 +355,10 @@ class _Normalized(torch.autograd.Function):
 _AS_SOON_AS_READY = 2**62  # of 64 bits; the engine's own, for what collects gradients, is the largest
 
 # Bytes of weights, at least, whose gradients are computed in one call, unless they are the last.
-TOGETHER = 16 << 20
+GRADIENT_GROUP = 16 << 20
 
 
-def _together(weights: Sequence[Tensor]) -> list[range]:
+def _gradient_groups(weights: Sequence[Tensor]) -> list[range]:
     """Weights whose gradients are computed in one call, in their order: that of the layers, mostly.
 
     Not all in one: G of every W / sigma would be in memory at once, and DDP could not send a gradient before
@@ -367,7 +367,7 @@ def _together(weights: Sequence[Tensor]) -> list[range]:
     found, first, size = [], 0, 0
     for index, weight in enumerate(weights):
         size += weight.numel() * weight.element_size()
-        if size >= TOGETHER or index + 1 == len(weights):
+        if size >= GRADIENT_GROUP or index + 1 == len(weights):
             found.append(range(first, index + 1))
             first, size = index + 1, 0
     return found
@@ -403,12 +403,12 @@ def _differentiable_normalize(
         vectors, sigmas, found = _normalize_forward(weights, us, vs, n, eps, dims, orders, once)
     if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         return vectors, sigmas, found
-    together = _together(weights)
-    if len(together) == 1:  # most models: without the slices
+    gradient_groups = _gradient_groups(weights)
+    if len(gradient_groups) == 1:  # most models: without the slices
         return vectors, sigmas, [*_Normalized.apply(eps, dims, vectors, sigmas, found, *weights)]  # type: ignore[no-untyped-call]
     normalized: list[Tensor] = []
     at = 0
-    for group in together:
+    for group in gradient_groups:
         part = slice(group.start, group.stop)
         size = sum(us[i].shape[0] + vs[i].shape[0] for i in group)
         normalized += _Normalized.apply(  # type: ignore[no-untyped-call]
@@ -502,7 +502,8 @@ def _each_its_own(operator: Callable[..., Any], info: Any, in_dims: Any, *lists:
 
 # (weights, us, vs, n_power_iterations, eps, dims, orders) -> (vectors, sigmas, normalized). `vectors` is one
 # fresh tensor of the compute dtype with the new u and v of each weight in turn; `sigmas` are u^T W v of
-# these, [L] in float64; `normalized` are W / sigma, or W where |sigma| <= eps. Only they carry gradient,
+# these, [L] in float64 (the CUDA kernels: 0 where |sigma| <= eps); `normalized` are W / sigma, or W where
+# |sigma| <= eps. Only they carry gradient,
 # to the weights. With once=True a power iteration within a backward pass is an error: `refuse_recompute`.
 # Dynamo keeps it as one call; below, it is the two that follow.
 normalize = _define(
@@ -543,7 +544,7 @@ singular_vectors = _define(
 )
 
 # (buffers, vectors): new u and v into their buffers. Of plain copies Inductor would make one more kernel, and
-# compiling that takes longer than all else that spectral norm adds.
+# compiling that takes longer than all else that spectral norm adds; and vmap has no rule for those of a list.
 store_ = _define(
     "store_",
     "(Tensor(a!)[] buffers, Tensor[] vectors) -> ()",
@@ -551,3 +552,5 @@ store_ = _define(
     lambda buffers, vectors: None,
     _each_its_own,
 )
+# torch.func.functionalize refuses operators that change their arguments, but not what this one is made of.
+torch.library.impl(f"specnorm_fx::store_.{REVISION}", "Functionalize", _store)

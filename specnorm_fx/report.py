@@ -218,7 +218,7 @@ def table(lines: Sequence[Sequence[str]], left: int) -> str:
 def report(model: nn.Module) -> Report:
     """Every weight: sigma, the exact value, how far u and v have converged; what is skipped and why.
 
-    Computes an SVD of each weight, so it is for a look and not for every step.
+    Computes all singular values of each weight, so it is for a look and not for every step.
 
     Args:
         model: As in `sigmas`. A sharded weight is gathered, one after the other.
@@ -232,10 +232,10 @@ def report(model: nn.Module) -> Report:
     rows, sites = [], sites_of(model)
     for fqn, site in sites.items():
         sigma, residual = reference.residual(site.matrix(), *site.vectors(), site.config.eps)
-        whole = reference.weight_matrix(sharded.full(site.weight.detach()), site.config.dim or 0)
+        whole = reference.weight_matrix(sharded.full(site.weight.detach()), site.dim)
         if whole.isfinite().all():
-            exact = torch.linalg.matrix_norm(whole, ord=2)
-        else:  # no SVD ends
+            exact = reference.singular_values(whole)[0]
+        else:  # it has none
             exact = torch.full_like(sigma, torch.nan)
         values = (value.item() for value in (sigma, exact, residual))
         rows.append(Row(fqn, tuple(site.weight.shape), *values))

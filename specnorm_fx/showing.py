@@ -89,7 +89,7 @@ class Inspection:
         try:
             figure_module = importlib.import_module("matplotlib.figure")
         except ImportError as error:
-            raise ImportError(f"A plot needs {error.name}: pip install 'specnorm-fx[demo]'.") from error
+            raise ImportError(f"A plot needs {error.name}: pip install matplotlib.") from error
         # A Figure of its own, not pyplot's, which would change the state of the program around it.
         size = 13, max(4.0, 1.6 + 0.24 * len(self.rows))
         figure = figure_module.Figure(figsize=size, layout="constrained")

@@ -124,7 +124,16 @@ def test_options_of_the_export(handed_on, capsys):
     code = run(
         *("export", f"{FILE}:Labelled", "--checkpoint", "labelled.pt", "-o", "out.onnx", "--json"),
         *("--input", "label=1:int64", "--input", "image=1x3x6x6", "--select", "conv"),
-        *("--axes", "image=0:batch,2:height,3", "--axes", "label=0:batch", "--opset", "20"),
+        *(
+            "--axes",
+            "image=0:batch,2:height",
+            "--axes",
+            "label=0:batch",
+            "--axes",
+            "image=3",
+            "--opset",
+            "20",
+        ),
         *("--input-names", "a,b", "--output-names", "c,d", "--batches", "7", "--rtol", "0.01"),
         *("--precision", "int8", "--calibration", "rows.npz", "--external-data"),
     )
@@ -588,6 +597,20 @@ FAULTS = [
         "convert: a number",
         edited(epoch=3),
     ),
+    # inspect.
+    pytest.param(nothing, ("inspect", "disc.pt", "--select", "fc"), "are for a MODEL", id="inspect: select"),
+    pytest.param(
+        nothing,
+        ("inspect", "disc.onnx", "--checkpoint", "disc.pt"),
+        "are for a MODEL",
+        id="inspect: checkpoint",
+    ),
+    pytest.param(
+        nothing,
+        ("inspect", "disc.pt", "--plot", "p.png", "--html", "missing/page.html"),
+        "No such file",
+        id="inspect: one of two files",
+    ),
     # verify.
     bad_onnx(nothing, "There is no ONNX file bad.onnx", "no ONNX file"),
     bad_onnx(lambda: os.mkdir("bad.onnx"), "There is no ONNX file bad.onnx", "a folder as ONNX file"),
@@ -597,6 +620,12 @@ FAULTS = [
     bad_onnx(cut("disc.onnx", "bad.onnx", 0.5), "bad.onnx is not a valid ONNX model", "ONNX: cut after 50 %"),
     bad_onnx(cut("disc.onnx", "bad.onnx", -1), "bad.onnx is not a valid ONNX model", "ONNX: cut by a byte"),
     bad_onnx(copied("disc.pt", "bad.onnx"), "bad.onnx is not a valid ONNX model", "a checkpoint as ONNX"),
+    pytest.param(
+        nothing,
+        ("verify", "disc.onnx", "--model", f"{FILE}:WithBessel", "--checkpoint", "disc.pt"),
+        "The operators cannot be compared",
+        id="a model that the exporter cannot write",
+    ),
     pytest.param(
         nothing,
         ("verify", "disc.onnx", "--model", *LOADED, "--rtol", "small"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import specnorm_fx
 from specnorm_fx import ops, reference, transform, update_
@@ -256,11 +257,14 @@ def test_inductor_makes_no_kernel_of_its_own_for_spectral_norm(name):
     assert counts[0] == counts[1] > 0
 
 
-@NEEDS_STORE
+@pytest.mark.parametrize(
+    "compiles", [False, pytest.param(True, marks=NEEDS_STORE)], ids=["eager", "compiled"]
+)
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
-def test_an_ensemble_in_training(shared):
+def test_an_ensemble_in_training(shared, implementation, compiles):
     """By vmap: each model moves its own u and v, and several cannot move one."""
-    gm = transform(nn.Linear(4, 3))
+    gm = transform(nn.Linear(4, 3), implementation=implementation)
     models = [copy.deepcopy(gm) for _ in range(2)]
     for model in models:
         nn.init.normal_(model.weight)
@@ -275,7 +279,9 @@ def test_an_ensemble_in_training(shared):
         return torch.func.functional_call(gm, (parameters, buffers), (x,))
 
     in_dims = (0, None if shared else 0)
-    ensemble = torch.compile(torch.vmap(run, in_dims), backend="aot_eager")
+    ensemble = torch.vmap(run, in_dims)
+    if compiles:
+        ensemble = torch.compile(ensemble, backend="aot_eager")
     if shared:
         with pytest.raises(RuntimeError, match="the models cannot share one"):
             ensemble(parameters, buffers)
@@ -285,3 +291,23 @@ def test_an_ensemble_in_training(shared):
         assert relative_error(outputs[k], model(x)) < 1e-6
         for name, buffer in model.named_buffers():
             assert torch.equal(buffers[name][k], buffer)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_functionalized_in_training(implementation):
+    """The graph of a training step by `make_fx`, with the new u and v written back into the buffers."""
+    gm = transform(nn.Linear(4, 3), implementation=implementation)
+    twin, x = copy.deepcopy(gm), torch.randn(5, 4)
+    state = [
+        {name: tensor.detach() for name, tensor in named}
+        for named in (gm.named_parameters(), gm.named_buffers())
+    ]
+
+    def run(parameters, buffers):
+        return torch.func.functional_call(gm, (parameters, buffers), (x,))
+
+    traced = make_fx(torch.func.functionalize(run))(*copy.deepcopy(state))
+    for _ in range(2):
+        assert relative_error(traced(*state), twin(x)) < 1e-6
+        for name, buffer in twin.named_buffers():
+            assert torch.equal(state[1][name], buffer)

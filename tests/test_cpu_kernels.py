@@ -371,3 +371,12 @@ def test_gradients_that_are_yet_to_be_negated():
 def test_a_library_of_another_version_is_left_alone(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "INTERFACE", cpu_kernels.INTERFACE + 1)
     assert cpu_kernels._library.__wrapped__() is None
+
+
+def test_a_library_that_cannot_be_loaded_is_left_alone(monkeypatch):
+    def load(path):
+        raise OSError("libgomp.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(cpu_kernels.ctypes, "CDLL", load)
+    with pytest.warns(UserWarning, match="cannot be loaded.*libgomp"):
+        assert cpu_kernels._library.__wrapped__() is None

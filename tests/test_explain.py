@@ -1,5 +1,7 @@
 """What `explain` says of a model, and that it leaves it as it is."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -105,6 +107,14 @@ def test_buffers_that_the_forward_replaces_are_put_back():
     assert model.steps is steps
     assert steps == 0
     assert model.last is None
+
+
+def test_the_weight_that_the_old_hook_sets_is_put_back():
+    layer = hook_sn(nn.Linear(4, 3))
+    weight = layer.weight
+    explain(layer, torch.randn(2, 4))
+    assert layer.weight is weight
+    copy.deepcopy(layer)  # which the graph's own weight would not let
 
 
 @pytest.mark.parametrize("compile_part", [False, True])

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -53,6 +54,23 @@ def test_module_from_the_current_folder():
     Path("factories_here/small.py").write_text(FILE.read_text())
     model = build_model("factories_here.small:Factories.small", {})
     assert model.blocks[0].out_channels == 4
+
+
+def test_two_files_of_one_name_and_one_that_fails():
+    models = []
+    for folder, width in (("a", 2), ("b", 3)):
+        Path(folder).mkdir()
+        Path(folder, "nets.py").write_text(
+            f"import torch\nclass Net(torch.nn.Linear):\n def __init__(self): super().__init__({width}, 1)"
+        )
+        models.append(build_model(f"{folder}/nets.py:Net", {}))
+    for model in models:  # each finds its own class again
+        assert type(pickle.loads(pickle.dumps(model))) is type(model)
+    Path("fails.py").write_text("1 / 0")
+    before = set(sys.modules)
+    with pytest.raises(LoadError, match="ZeroDivisionError"):
+        build_model("fails.py:Net", {})
+    assert set(sys.modules) == before
 
 
 def test_program():

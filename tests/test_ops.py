@@ -218,7 +218,7 @@ groups_of_five = pytest.mark.parametrize(
         (SIZE + 1, [[4], [3, 2], [1, 0]]),
         (2 * SIZE, [[4], [3, 2], [1, 0]]),
         (5 * SIZE, [[4, 3, 2, 1, 0]]),
-        (ops.TOGETHER, [[4, 3, 2, 1, 0]]),
+        (ops.GRADIENT_GROUP, [[4, 3, 2, 1, 0]]),
     ],
 )
 
@@ -244,7 +244,7 @@ def test_gradients_come_in_groups_as_soon_as_backward_is_past_them(monkeypatch, 
     events = []
     function, weights = five_layers(lambda k: events.append(("layer", k)))
     want = torch.autograd.grad(function(*weights), weights)
-    monkeypatch.setattr(ops, "TOGETHER", together)
+    monkeypatch.setattr(ops, "GRADIENT_GROUP", together)
     for k, weight in enumerate(weights):
         weight.register_post_accumulate_grad_hook(lambda _, k=k: events.append(("weight", k)))
     events.clear()
@@ -259,7 +259,7 @@ def test_gradients_come_in_groups_as_soon_as_backward_is_past_them(monkeypatch, 
 
 @groups_of_five
 def test_compiled_gradients_come_in_groups_too(monkeypatch, together, groups):
-    monkeypatch.setattr(ops, "TOGETHER", together)
+    monkeypatch.setattr(ops, "GRADIENT_GROUP", together)
     function, weights = five_layers()
     graphs = []
 

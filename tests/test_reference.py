@@ -283,17 +283,3 @@ def test_vectors_as_they_are_stored():
     by_unit = reference.singular_vectors(weight, u, v, 0, 1e-12, 0)
     sigmas = [reference.sigma(weight, *pair) for pair in ((new_u, new_v), by_unit)]
     assert sigmas[0].item() == pytest.approx((sigmas[1] * u.norm() * v.norm()).item(), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("shape", "stride", "dense"),
-    [
-        ((3, 4), (4, 1), True),
-        ((3, 4), (1, 3), True),
-        ((1, 4, 1), (9, 1, 7), True),
-        ((3, 4), (8, 2), False),
-        ((3, 3), (4, 0), False),  # the span of a dense one, by a gap and elements in one place
-    ],
-)
-def test_is_dense(shape, stride, dense):
-    assert reference.is_dense(shape, stride) == dense

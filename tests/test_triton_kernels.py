@@ -338,7 +338,8 @@ def test_what_is_compiled_is_launched_past_the_lookup(kernels):
         Kernel("source", Kernel("a"), Kernel("b"), Kernel("c")), num_warps=4
     )
     first, second = (
-        kernels.launching._Kind(torch.device("cuda", i), torch.float16, torch.float32, 8) for i in range(2)
+        kernels.launching._Specialization(torch.device("cuda", i), torch.float16, torch.float32, 8)
+        for i in range(2)
     )
     for kind, flag in ((first, True), (first, True), (first, False), (second, True), (second, True)):
         launcher(kind, 5, ("x",), flag)

@@ -93,7 +93,7 @@ def export(
 
     Raises:
         ImportError: The extra ``onnx`` is not installed.
-        TypeError: ``model`` holds no transformed model.
+        TypeError: ``model`` holds no transformed model, or has one only as a part.
         ValueError: The model has forward hooks; options exclude each other, or are missing; ``args`` hold no
             tensor, ``axes`` name none or one that the model fixes, or the exporter cannot write this opset.
         RuntimeError: It is in training mode, or torch's exporter fails on it.

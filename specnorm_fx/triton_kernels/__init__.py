@@ -1,4 +1,4 @@
-"""Spectral norm of many weights in a handful of CUDA launches, whatever their number.
+"""Spectral norm of up to 64 weights in a handful of CUDA launches, whatever their number.
 
 The mathematics and its guards are those of `specnorm_fx.reference`. Here a weight is a matrix ``W`` of
 shape ``[p, q]`` and one power iteration is ``t = W y, x = t / |t|, s = W^T x, y = s / |s|``. In the

@@ -3,10 +3,10 @@
 import triton.language as tl
 
 __all__ = [
-    "ALL_TILES", "AXIS", "BLOCKS", "BLOCK_SIZE", "BLOCK_SUMS", "CHUNKS", "DOTS", "DOT_START", "DOT_SUMS",
-    "DOT_TILES", "FIELDS", "FINISH_START", "GRADIENT_START", "GRADIENT_TILES", "G_P_INNER", "G_P_OUTER",
-    "G_Q_INNER", "G_Q_OUTER", "INNER",
-    "INNER_PLACE", "INNER_STRIDE", "ITERATIONS", "KIND", "NUMEL", "OUTER_PLACE", "OUTER_STRIDE",
+    "ALL_TILES", "AXIS", "BLOCKS", "BLOCK_SIZE", "BLOCK_SUMS", "DOTS", "DOT_START", "DOT_SUMS",
+    "DOT_TILES", "FIELDS", "FINISHES", "FINISH_START", "GRADIENT_START", "GRADIENT_TILES", "G_P_INNER",
+    "G_P_OUTER", "G_Q_INNER", "G_Q_OUTER", "INNER", "INNER_PLACE", "INNER_STRIDE",
+    "ITERATIONS", "KIND", "NUMEL", "OUTER_PLACE", "OUTER_STRIDE",
     "PARTIAL", "PASS_START", "Q_TILES", "REDUCE_START", "SIGMA", "SIZE", "TILES", "TILE_SUMS",
     "S", "T", "X", "Y",
 ]  # fmt: skip
@@ -25,7 +25,7 @@ AXIS = tl.constexpr(6)
     BLOCK_SIZE,  # p of one block
     BLOCKS,
     TILES,  # of REDUCE_Q
-    CHUNKS,  # programs of the finish
+    FINISHES,  # programs of the finish
     NUMEL,
     SIGMA,
     X,

@@ -20,8 +20,8 @@ from specnorm_fx.triton_kernels.fields import (
     BLOCK_SIZE,
     BLOCK_SUMS,
     BLOCKS,
-    CHUNKS,
     FINISH_START,
+    FINISHES,
     INNER_STRIDE,
     ITERATIONS,
     NUMEL,
@@ -338,9 +338,9 @@ def finish_kernel(
     L: tl.constexpr,
 ):
     """Each program one part of W / sigma, or of x and y."""
-    layer, row, chunk = find(table, FINISH_START, L)
+    layer, row, part = find(table, FINISH_START, L)
     eps = tl.load(epsilons + layer)
-    chunks = tl.load(row + CHUNKS).to(tl.int32)
+    parts = tl.load(row + FINISHES).to(tl.int32)
     tiles = tl.load(row + TILES).to(tl.int32)
     tile_sums = sums + tl.load(row + TILE_SUMS)
     y_to = vectors + tl.load(row + Y)
@@ -354,26 +354,26 @@ def finish_kernel(
         x_length = tl.where(stays, 1.0, _length(total_of(block_sums + blocks, blocks), eps))
         y_length = tl.where(stays, 1.0, _length(total_of(tile_sums, tiles), eps))
         sigma = total_of(block_sums, blocks) / (x_length * y_length)
-        _write_vector(x_to, x_to, axis_at(row, 0), 1.0 / x_length, chunk, chunks, True, C)
-        _write_vector(y_to, y_to, axis_at(row, AXIS), 1.0 / y_length, chunk, chunks, True, C)
+        _write_vector(x_to, x_to, axis_at(row, 0), 1.0 / x_length, part, parts, True, C)
+        _write_vector(y_to, y_to, axis_at(row, AXIS), 1.0 / y_length, part, parts, True, C)
     else:
         length = tl.sqrt(total_of(tile_sums, tiles))
         if directed(length, eps):
             sigma = length
             s = workspace + tl.load(row + S)
-            _write_vector(s, y_to, axis_at(row, AXIS), 1.0 / length, chunk, chunks, False, C)
+            _write_vector(s, y_to, axis_at(row, AXIS), 1.0 / length, part, parts, False, C)
         else:
             sigma = total_of(tile_sums + tiles, tiles)  # y stayed, so it is no longer s / |s|
 
     divides = directed(tl.abs(sigma), eps)
-    if chunk == 0:
+    if part == 0:
         tl.store(sigmas + tl.load(row + SIGMA), tl.where(divides, sigma, 0.0))
 
     if DIVIDE:
         inverse = 1.0 / tl.where(divides, sigma, 1.0)
         address = address_of(weights, layer, L)
         numel = tl.load(row + NUMEL)
-        start = chunk.to(tl.int64) * COPY
+        start = part.to(tl.int64) * COPY
         out = pointer_at(address_of(outputs, layer, L), W, True) + start  # a fresh tensor is aligned
         index = tl.arange(0, COPY)
         if (address % 16 == 0) & (start + COPY <= numel):

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specnorm_fx import reference
+from specnorm_fx import memory, reference
 from specnorm_fx.triton_kernels.gradient import dot_kernel, gradient_kernel
 from specnorm_fx.triton_kernels.iteration import finish_kernel, pass_kernel, reduce_kernel
 from specnorm_fx.triton_kernels.tables import backward_plan, forward_plan
@@ -25,7 +25,7 @@ from specnorm_fx.triton_kernels.tables import backward_plan, forward_plan
 __all__ = ["normalize", "normalize_backward", "power_iteration", "start"]
 
 
-class _Kind(NamedTuple):
+class _Specialization(NamedTuple):
     """What the kernels of a chunk are compiled for."""
 
     device: torch.device  # the current one
@@ -70,28 +70,30 @@ class _Launcher:
     def __init__(self, kernel: Any, **options: int) -> None:
         self.kernel = kernel
         self.options = options
-        self._compiled: dict[tuple[_Kind, bool], tuple[Any, list[Any]]] = {}  # with its constants
+        self._compiled: dict[tuple[_Specialization, bool], tuple[Any, list[Any]]] = {}  # with its constants
 
-    def __call__(self, kind: _Kind, programs: int, arguments: tuple[Any, ...], flag: bool = False) -> None:
+    def __call__(
+        self, special: _Specialization, programs: int, arguments: tuple[Any, ...], flag: bool = False
+    ) -> None:
         """Launch it.
 
         Args:
-            kind: What for.
+            special: What for.
             programs: How many.
             arguments: All but the constants.
-            flag: As in `_Kind.constants`.
+            flag: As in `_Specialization.constants`.
         """
-        found = self._compiled.get((kind, flag))
+        found = self._compiled.get((special, flag))
         if found is not None:
             compiled, constants = found
             compiled[programs, 1, 1](*arguments, *constants)
             return
-        constants = kind.constants(self.kernel, flag)
+        constants = special.constants(self.kernel, flag)
         compiled = self.kernel[(programs,)](*arguments, *constants, **self.options)
         if isinstance(compiled, triton.FutureKernel):  # another thread has it compiled right now (Triton 3.7)
             compiled = compiled.result()
         if compiled is not None:  # else it is interpreted
-            self._compiled[kind, flag] = compiled, constants
+            self._compiled[special, flag] = compiled, constants
 
 
 # Two programs share the 65536 registers of an SM: one reads while the other one computes. (Of four warps each
@@ -104,27 +106,27 @@ _reduce, _finish, _dot, _gradient = (
 
 
 @functools.cache
-def _compile(kind: _Kind, *due: tuple[_Launcher, bool]) -> None:
+def _compile(special: _Specialization, *due: tuple[_Launcher, bool]) -> None:
     """Compile kernels at the same time, and not each where it is first launched.
 
     Nothing else hangs on it: a launch compiles what it does not find.
 
     Args:
-        kind: What for.
+        special: What for.
         *due: Which, and their flags.
     """
     # In a context of its own, where nobody has such a mode on, and which takes the mode with it if it does
     # not come to its end (Ctrl-C): every later compile, of the user's kernels as well, would find it.
-    contextvars.Context().run(_compile_together, kind, due)
+    contextvars.Context().run(_compile_together, special, due)
 
 
-def _compile_together(kind: _Kind, due: tuple[tuple[_Launcher, bool], ...]) -> None:
+def _compile_together(special: _Specialization, due: tuple[tuple[_Launcher, bool], ...]) -> None:
     futures: list[Any] = []
     try:
         with ThreadPoolExecutor(len(due)) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
             for launcher, flag in due:
                 kernel = launcher.kernel
-                arguments = (*kind.examples(kernel), *kind.constants(kernel, flag))
+                arguments = (*special.examples(kernel), *special.constants(kernel, flag))
                 futures.append(kernel.warmup(*arguments, grid=(1,), **launcher.options))
     finally:
         for (launcher, _), future in zip(due, futures, strict=False):
@@ -223,7 +225,7 @@ def _forward(
     plan = forward_plan(device, dtype, divide, *_geometry(weights), *map(tuple, options))
     if not plan.is_dense:
         return _forward([*map(_dense, weights)], us, vs, n_power_iterations, eps, dims, orders, divide)
-    stored = reference.as_stored((*us, *vs), compute, plan.sizes)
+    stored = memory.contiguous_vectors((*us, *vs), compute, plan.sizes)
     vectors = torch.empty(plan.size, dtype=compute, device=device)
     sigmas = torch.empty(len(weights), dtype=torch.float64, device=device)
     # Without division nothing is written there, so any address will do.
@@ -236,15 +238,15 @@ def _forward(
         for chunk in plan.chunks:
             workspace = torch.empty(chunk.workspace, dtype=compute, device=device)
             sums = torch.empty(chunk.sums, dtype=torch.float64, device=device)
-            kind = _Kind(device, dtype, compute, chunk.padded)
-            _compile(kind, (_pass, True), (_reduce, False), (_finish, divide))
+            special = _Specialization(device, dtype, compute, chunk.padded)
+            _compile(special, (_pass, True), (_reduce, False), (_finish, divide))
             readable, xs, ys, originals, results = [take(addresses) for take in chunk.takes]
             state = (chunk.table, chunk.epsilons, vectors)
             passes, reduces, finishes = chunk.programs
             for step in range(max(chunk.iterations, 1)):
-                _pass(kind, passes, (readable, xs, ys, *state, workspace, sums, step), step == 0)
-                _reduce(kind, reduces, (readable, *state, workspace, sums, step))
-            _finish(kind, finishes, (originals, results, *state, sigmas, workspace, sums), divide)
+                _pass(special, passes, (readable, xs, ys, *state, workspace, sums, step), step == 0)
+                _reduce(special, reduces, (readable, *state, workspace, sums, step))
+            _finish(special, finishes, (originals, results, *state, sigmas, workspace, sums), divide)
     return vectors, sigmas, list(outputs)
 
 
@@ -291,12 +293,12 @@ def normalize_backward(
     with _on(device):
         for chunk in plan.chunks:
             sums = torch.empty(chunk.sums, dtype=torch.float64, device=device)
-            kind = _Kind(device, dtype, vectors.dtype, chunk.padded)
-            _compile(kind, (_dot, False), (_gradient, False))
+            special = _Specialization(device, dtype, vectors.dtype, chunk.padded)
+            _compile(special, (_dot, False), (_gradient, False))
             factors, gradients, results = [take(addresses) for take in chunk.takes]
             dots, tiles = chunk.programs
-            _dot(kind, dots, (factors, gradients, chunk.table, sums))
-            _gradient(kind, tiles, (gradients, results, chunk.table, vectors, sigmas, sums))
+            _dot(special, dots, (factors, gradients, chunk.table, sums))
+            _gradient(special, tiles, (gradients, results, chunk.table, vectors, sigmas, sums))
     for i in plan.copied:  # computed as if the weight were contiguous
         if (out := outputs[i]) is not None:
             outputs[i] = torch.empty_like(normalized[i]).copy_(out)
@@ -324,6 +326,6 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def _dense(weight: Tensor) -> Tensor:
     """The weight, or a copy without gaps."""
-    if weight.is_contiguous() or reference.is_dense(weight.shape, weight.stride()):
+    if weight.is_contiguous() or memory.is_dense(weight.shape, weight.stride()):
         return weight
     return weight.contiguous()

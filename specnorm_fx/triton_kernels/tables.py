@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from specnorm_fx import reference
+from specnorm_fx import memory
 from specnorm_fx.triton_kernels.fields import (
     ALL_TILES,
     BLOCK_SIZE,
     BLOCK_SUMS,
     BLOCKS,
-    CHUNKS,
     DOT_START,
     DOT_SUMS,
     DOT_TILES,
     DOTS,
     FIELDS,
     FINISH_START,
+    FINISHES,
     G_P_INNER,
     G_P_OUTER,
     G_Q_INNER,
@@ -121,7 +121,7 @@ def forward_plan(
         orders: Of each.
         eps: Of each.
     """
-    if not all(map(reference.is_dense, shapes, strides)):
+    if not all(map(memory.is_dense, shapes, strides)):
         return Plan(is_dense=False)
     weights = [*map(Weight, shapes, strides, dims, n_power_iterations, orders, eps)]
     many, itemsize = len(weights), dtype.itemsize
@@ -148,7 +148,7 @@ def forward_plan(
                     BLOCK_SIZE: block,
                     BLOCKS: blocks,
                     TILES: tiles,
-                    CHUNKS: finish,
+                    FINISHES: finish,
                     NUMEL: weight.numel,
                     SIGMA: i,
                     X: (vs if swapped else us)[i],
@@ -188,7 +188,7 @@ def backward_plan(
         dims: As in `launching.normalize_backward`.
         grad_strides: Of the gradient of each, or None.
     """
-    if not all(map(reference.is_dense, shapes, strides)):
+    if not all(map(memory.is_dense, shapes, strides)):
         return Plan(is_dense=False)
     columns = (shapes, strides, dims, grad_strides)
     weights = [Weight(*site[:3], grad_stride=site[3]) for site in zip(*columns, strict=True)]
