@@ -17,6 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as _Hook
 
 from specnorm_fx import checkpoint
 from specnorm_fx.config import SpectralNormConfig
+from specnorm_fx.graph_module import SpectralNormGraphModule
 
 __all__ = ["TorchSN", "find_exported_sn", "find_torch_sn", "read_stripped_"]
 
@@ -121,7 +122,7 @@ def find_torch_sn(model: nn.Module) -> dict[str, TorchSN]:
 
 
 def find_exported_sn(model: nn.Module) -> list[str]:
-    """The weights whose torch spectral norm ``torch.export`` has spread out into operations of the graph.
+    """The weights whose spectral norm, torch's or ours, ``torch.export`` has spread out into operations.
 
     Args:
         model: Any module.
@@ -130,9 +131,13 @@ def find_exported_sn(model: nn.Module) -> list[str]:
         FQNs, by the names that parameters and buffers have kept. There is no module left to take it from.
     """
     names = dict(model.named_parameters()) | dict(model.named_buffers())
-    known = find_torch_sn(model)
-    weights = checkpoint.find_weights(names)
-    return [fqn for fqn, keys in weights if keys.weight != fqn and fqn not in known]
+    known = {*find_torch_sn(model)}
+    for name, part in model.named_modules():
+        if isinstance(part, SpectralNormGraphModule):
+            known |= {f"{name}.{site.fqn}".removeprefix(".") for site in part.sites()}
+    is_graph = isinstance(model, fx.GraphModule)  # else u and v beside a weight may be of another kind
+    found = checkpoint.find_weights(names)
+    return [fqn for fqn, keys in found if fqn not in known and (keys.weight != fqn or is_graph)]
 
 
 def _on_module(fqn: str, module: nn.Module) -> Iterator[TorchSN]:
@@ -194,5 +199,5 @@ def _strip_hook_(module: nn.Module, name: str) -> None:
 
 
 def _restore_(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    # First, where the constructors of Linear and Conv put the weight.
-    module._parameters = {name: parameter, **module._parameters}
+    # Last, as both APIs have it: by its place an optimizer's state finds its parameter.
+    module._parameters[name] = parameter

@@ -11,6 +11,7 @@ import inspect
 import itertools
 import linecache
 import operator
+import random
 import threading
 import traceback
 import warnings
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer, TraceError
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from specnorm_fx.exported import layer_of, tidy_
 from specnorm_fx.graph_module import attribute, owner_of, parameter_names, spectral_norm_node
@@ -163,7 +166,7 @@ class Tracer(fx.Tracer):
         self._precisions = 0  # regions of autocast around what runs
         self._has_gradients = torch.is_grad_enabled()
         self._without_gradient: set[fx.Node] = set()
-        with self._counted_precisions(), _plain_checkpoints():
+        with self._counted_precisions(), _plain_checkpoints(), _NothingDrawn():
             return super().trace(root, concrete_args)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
@@ -215,6 +218,32 @@ class Tracer(fx.Tracer):
         if nn.utils.parametrize.is_parametrized(m):
             return nn.utils.parametrize.type_before_parametrizations(m).__module__.startswith("torch.nn")
         return super().is_leaf_module(m, module_qualified_name)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Random numbers that are drawn while a trace runs would be the same in every forward."""
+
+    def __enter__(self) -> Any:
+        self._python = random.getstate()
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = _generators()
+        result = func(*args, **(kwargs or {}))
+        if not all(map(torch.equal, before, _generators())):
+            raise TraceError("a trace would fix the random numbers that are drawn here")
+        return result
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        if exception[0] is None and random.getstate() != self._python:
+            raise TraceError("a trace would fix what the forward draws from Python's random")
+
+
+def _generators() -> list[Tensor]:
+    """The states of torch's own."""
+    on_cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *on_cuda]
 
 
 def _plain_checkpoints() -> Any:
@@ -357,7 +386,17 @@ def _bound(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict
         raise TypeError(
             f"example_inputs must be arguments of {type(model).__name__}.forward{signature}: {error}."
         ) from error
-    return bound.args, bound.kwargs
+    # Of one tensor given twice (real, fake) export would make one input, and the other would not be read.
+    seen: set[int] = set()
+
+    def alone(x: Any) -> Any:
+        if not isinstance(x, Tensor) or id(x) not in seen:
+            seen.add(id(x))
+            return x
+        return x.detach().clone().requires_grad_(x.requires_grad)
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(alone, (bound.args, bound.kwargs))
+    return found
 
 
 def find_weights(model: nn.Module, graph: fx.Graph) -> list[Weight]:

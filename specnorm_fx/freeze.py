@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from specnorm_fx import sharded
-from specnorm_fx.adopt import find_torch_sn
+from specnorm_fx.adopt import find_exported_sn, find_torch_sn
 from specnorm_fx.graph_module import (
     SpectralNormGraphModule,
     is_parameter,
@@ -49,11 +49,11 @@ def freeze(model: nn.Module) -> fx.GraphModule:
             f"{type(gm).__name__} is in training mode, where sigma still moves with every forward: call "
             f".eval() before freezing."
         )
-    left = find_torch_sn(gm)
+    left = [*find_torch_sn(gm), *find_exported_sn(gm)]
     if left:
         raise RuntimeError(
-            f"{', '.join(left)} still carries torch's spectral norm, as it was left out of select. Select "
-            f"it, or take it off before transform (remove_parametrizations, remove_spectral_norm)."
+            f"{', '.join(left)} still carries spectral norm, as it was left out of select. Select it, or "
+            f"take it off before transform (remove_parametrizations, remove_spectral_norm)."
         )
     for site in gm.sites():
         if not is_parameter(gm, site.fqn):

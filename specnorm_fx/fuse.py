@@ -15,6 +15,7 @@ eager mode: what starts from the u and v of another waits for it, in a second ca
 """
 
 import copy
+import inspect
 import itertools
 import logging
 import operator
@@ -29,6 +30,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specnorm_fx import checkpoint, ops, reference
+from specnorm_fx.graph_module import attribute
 
 __all__ = ["Fused", "Passed", "fqn_in_source", "fuse_", "fuse_graph_"]
 
@@ -136,6 +138,10 @@ def fuse_graph_(
     Returns:
         As `fuse_`.
     """
+    # To the head, where Dynamo has inputs. With Inductor's `freezing` it reads each where it is first used.
+    head = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    for node in graph.find_nodes(op="get_attr"):
+        head.prepend(node)
     order = {node: index for index, node in enumerate(graph.nodes)}
     matches, refused, barriers = _find(graph, order, implementation)
     fused = [match.describe(name_of) for match in matches]
@@ -392,11 +398,11 @@ class _Others:
             if storage is None:
                 return f"{name} is not an ordinary tensor in this graph"
             if storage in self.writers:
-                return f"{name} is changed in place by {self.writers[storage].name}"
+                return f"{name} may be changed in place by {self.writers[storage].name}"
             if match.updates and name != "the weight" and storage in self.readers:
                 return f"{name} is read by {self.readers[storage].name} as well"
         if match.quotient is not None and (storage := _storage(match.quotient)) in self.writers:
-            return f"W / sigma is changed in place by {self.writers[storage].name}"
+            return f"W / sigma may be changed in place by {self.writers[storage].name}"
         if match.quotient in self.results and not match.updates:
             # AOTAutograd makes one call of two equal ones; their results, of which one may carry no gradient,
             # would be one tensor.
@@ -424,14 +430,32 @@ _IN_PLACE = frozenset({"setitem", *(f"i{name}" for name in _ARITHMETIC + _BITWIS
 
 def _may_write(node: fx.Node) -> bool:
     """Whether a node may change the tensors that it is given."""
-    if "out" in node.kwargs or node.kwargs.get("inplace"):
+    # An embedding with max_norm cuts the rows of its weight.
+    if "out" in node.kwargs or _argument(node, "inplace") or _argument(node, "max_norm") is not None:
         return True
-    if node.op == "call_module" or isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        # What it runs: a checkpointed part, say, or both directions of an autograd.Function.
+        root: Any = node.graph.owning_module
+        values = [attribute(root, str(x.target)) for x in node.all_input_nodes if x.op == "get_attr"]
+        bodies = [value.graph for value in values if isinstance(value, fx.GraphModule)]
+        return not bodies or any(_may_write(inner) for body in bodies for inner in body.nodes)
+    if node.op == "call_module":
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _IN_PLACE
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """What a function is given by keyword or by position, or None."""
+    if node.op == "call_function" and len(node.args) > 1:
+        try:
+            bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+            return bound.arguments.get(name)
+        except (TypeError, ValueError):  # most that are written in C++ do not tell
+            pass
+    return node.kwargs.get(name)
 
 
 # --- Rewriting ---

@@ -114,6 +114,8 @@ class SpectralNormGraphModule(fx.GraphModule):
         self._buffers = dict(root._buffers) | {name: self._buffers[name] for name in constants}
         self._non_persistent_buffers_set = set(root._non_persistent_buffers_set) | constants
         for name, value in vars(root).items():
+            if name == "_compiled_call_impl":  # of nn.Module.compile: it runs the original, with its tensors
+                continue
             if name in _HOOKS:
                 self.__dict__[name] = copy.copy(value)  # handles of the original's take off the original's
             self.__dict__.setdefault(name, value)
@@ -154,6 +156,13 @@ class SpectralNormGraphModule(fx.GraphModule):
         code = super().recompile()
         # Written down, because Dynamo does not look into a graph, and update_ is to be compiled.
         node = spectral_norm_node(self)
+        others = [] if node is None else [n for arg in node.args for n in arg if n.op != "get_attr"]
+        if others:
+            raise ValueError(
+                f"SpectralNorm takes stored weights, u and v, which update_, report and freeze find by their "
+                f"names, and the graph gives it {', '.join(n.name for n in others)}. Edit what comes out of "
+                f"the call."
+            )
         self._call = None if node is None else (node.target, [[n.target for n in arg] for arg in node.args])
         self._note_names()
         return code
@@ -241,7 +250,7 @@ class SpectralNormGraphModule(fx.GraphModule):
         source = next((name for name in (given, *own) if f"{name}_v" in state_dict), given)
         pair = [state_dict.get(source + suffix) for suffix in ("_u", "_v")]
         if pair[1] is None and (found := stale[given]) is not None:
-            pair = list(_converged(site, *found))
+            pair = list(_converged(site, *found, assigns))
         for suffix, vector in zip(("_u", "_v"), pair, strict=True):
             for name in names:
                 state_dict.pop(name + suffix, None)
@@ -263,6 +272,7 @@ class SpectralNormGraphModule(fx.GraphModule):
                     f"torch.fx cannot read back. Save its state_dict."
                 )
         _, (body, imports) = super().__reduce__()
+        body.pop("_compiled_call_impl", None)
         # Not within its own state.
         hooks = self._hooks_of_module()
         others = {k: hook for k, hook in self._load_state_dict_pre_hooks.items() if k not in hooks}
@@ -287,10 +297,10 @@ def _rebuild(
     return gm
 
 
-def _converged(site: Site, loaded: Any, loaded_u: Any) -> tuple[Tensor, Tensor]:
+def _converged(site: Site, loaded: Any, loaded_u: Any, assigns: bool) -> tuple[Tensor, Tensor]:
     if not isinstance(loaded, Tensor) or loaded.shape != site.weight.shape:
         return site.u, site.v  # PyTorch reports the weight
-    like = loaded if site.weight.is_meta else site.weight  # the weight is to be assigned
+    like = loaded if assigns or site.weight.is_meta else site.weight
     weight = loaded.detach().to(device=like.device, dtype=like.dtype)
     weight_mat = sharded.matrix(weight, site.dim)
     dtype, device = reference.compute_dtype(weight), weight.device

@@ -154,6 +154,7 @@ class SpectralNormPass(PassBase):
         """As `call`, for a model that has not been traced yet as well: ``trace`` makes its graph."""
         # 1. A copy of the structure that shares the tensors: whatever fails below, `model` is whole.
         root = capture.share(model)
+        _log_lost_methods(model)
 
         # 2. Torch's own spectral norm on selected weights is taken off the copy.
         adopted = self._adopt_(root)
@@ -206,8 +207,8 @@ class SpectralNormPass(PassBase):
         exported = find_exported_sn(root)
         if exported and self.selection is None:
             raise ValueError(
-                f"{', '.join(exported)} carries torch's spectral norm, which torch.export has spread out "
-                f"into operations, so that it cannot be taken over: transform the model itself, "
+                f"{', '.join(exported)} carries spectral norm that torch.export has spread out into "
+                f"operations, so that it cannot be taken over: transform the model itself, "
                 f"transform(model, example_inputs=...). Or select what is to be normalised beside it."
             )
 
@@ -364,6 +365,23 @@ def _normalized_fqns(model: nn.Module) -> set[str]:
     if not isinstance(model, SpectralNormGraphModule):
         return set()
     return {site.fqn for site in model.sites()}
+
+
+def _log_lost_methods(model: nn.Module) -> None:
+    """A graph has no methods of the model; to those of its own PyTorch's functions would go by."""
+    kind = type(model)
+    if isinstance(model, fx.GraphModule) or kind.__module__.startswith("torch."):
+        return
+    names = (name for name in vars(nn.Module) if not name.startswith("__"))
+    lost = sorted(name for name in names if getattr(kind, name, None) is not getattr(nn.Module, name))
+    lost = [name for name in lost if name not in ("forward", "extra_repr", "_get_name")]
+    if lost:
+        logger.warning(
+            "%s has its own %s, which the transformed model does not have: methods of the model itself stay "
+            "behind, those of its parts do not.",
+            kind.__name__,
+            ", ".join(lost),
+        )
 
 
 def _refuse_hidden(

@@ -165,7 +165,8 @@ def product(matrix: Tensor, vector: Tensor) -> Tensor:
         ``[m]``.
     """
     with autocast_off(vector.device.type):
-        return torch.mv(matrix, vector)
+        # In an operator that torch.compile calls, a conjugate that is a view would be read as what it views.
+        return torch.mv(matrix.resolve_conj(), vector)
 
 
 def direction(x: Tensor, previous: Tensor, eps: float) -> Tensor:

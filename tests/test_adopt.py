@@ -192,6 +192,23 @@ def test_optimizer_of_the_torch_model_stays_valid():
     assert not torch.equal(gm.weight, before)
 
 
+@pytest.mark.parametrize("sn", [torch_sn, hook_sn])
+def test_parameters_keep_their_order(sn):
+    """By which an optimizer's state dict finds them."""
+    theirs = nn.Sequential(
+        sn(nn.Linear(4, 8)), nn.ReLU(), nn.Sequential(sn(nn.Linear(8, 8)), nn.Linear(8, 1))
+    )
+    ours = transform(theirs)
+    assert [*map(id, ours.parameters())] == [*map(id, theirs.parameters())]
+    optimizers = [torch.optim.Adam(model.parameters()) for model in (theirs, ours)]
+    x = torch.randn(3, 4)
+    theirs(x).sum().backward()
+    optimizers[0].step()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    ours(x).sum().backward()
+    optimizers[1].step()
+
+
 def test_other_parametrizations_beside_it_are_refused():
     model = nn.Sequential(torch_sn(orthogonal(nn.Linear(4, 4))))
     with pytest.raises(ValueError, match=r"beside spectral norm on 'weight' \(on it: _Orthogonal, _Spectral"):

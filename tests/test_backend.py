@@ -160,6 +160,20 @@ def compile_with_the_pass(rank, folder):
     return gradient, dict(counters["aot_autograd"])
 
 
+@APIS
+@pytest.mark.parametrize("training", [False, True])
+def test_with_inductors_freezing(sn, training, monkeypatch):
+    """Dynamo then reads parameters where they are first used."""
+    monkeypatch.setattr(torch._inductor.config, "freezing", True)
+    model = nn.Sequential(sn(nn.Linear(6, 6)), sn(nn.Linear(6, 2))).train(training)
+    eager, x, inner = copy.deepcopy(model), torch.randn(3, 6), Keep()
+    compiled = torch.compile(model, backend="specnorm", options={"inner": inner})
+    with torch.no_grad():
+        for _ in range(2):
+            assert relative_error(compiled(x), eager(x)) < 1e-6
+    assert len(inner.fused_calls()) == 1
+
+
 @RANKS
 def test_a_second_process_finds_compiled_code(tmp_path):
     # Not in this process, in which other tests have compiled: what it compiles was once not found by another.

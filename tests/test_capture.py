@@ -1,6 +1,7 @@
 """Capture: what symbolic trace follows, and what is refused with the line and the ways out."""
 
 import contextlib
+import random
 import threading
 
 import pytest
@@ -270,3 +271,48 @@ def test_other_threads_may_enter_regions_meanwhile():
     assert seen == [True] * len(seen) != []
     elsewhere()
     assert seen[-1]
+
+
+class Noisy(nn.Module):
+    def __init__(self, draw):
+        super().__init__()
+        self.fc = nn.Linear(4, 1)
+        self.draw = draw
+
+    def forward(self, x):
+        return self.fc(x + self.draw())
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: torch.randn(4),
+        lambda: torch.empty(4).uniform_(),
+        lambda: 1.0 if torch.rand(()) < 0.5 else 2.0,
+        lambda: random.random(),
+    ],
+)
+def test_random_numbers_that_a_trace_would_fix(draw):
+    with pytest.raises(TraceError, match=r"a trace would fix (the random numbers|what the forward draws)"):
+        transform(Noisy(draw))
+
+
+def test_random_numbers_as_of_the_input():
+    class Augmented(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Sequential(nn.Dropout(), nn.Linear(4, 1))
+
+        def forward(self, x):
+            return self.fc(x + torch.randn_like(x))
+
+    gm, x = transform(Augmented()).eval(), torch.randn(2, 4)
+    assert not torch.equal(gm(x), gm(x))
+
+
+def test_random_numbers_by_export():
+    gm, x = (
+        transform(Noisy(lambda: torch.randn(4)), example_inputs=torch.randn(2, 4)).eval(),
+        torch.randn(2, 4),
+    )
+    assert not torch.equal(gm(x), gm(x))

@@ -273,3 +273,9 @@ def test_what_is_no_tensor_is_pytorchs_to_report(value):
     gm = transform(nn.Linear(3, 3))
     with pytest.raises(RuntimeError, match='named "weight"'):
         gm.load_state_dict({"weight": value, "bias": torch.zeros(3)})
+
+
+def test_assigned_in_another_dtype():
+    gm = transform(nn.Linear(4, 3))
+    gm.load_state_dict(nn.Linear(4, 3).double().state_dict(), assign=True)
+    assert {tensor.dtype for tensor in gm.state_dict().values()} == {torch.float64}

@@ -311,3 +311,21 @@ def test_functionalized_in_training(implementation):
         assert relative_error(traced(*state), twin(x)) < 1e-6
         for name, buffer in twin.named_buffers():
             assert torch.equal(state[1][name], buffer)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_complex_weights(implementation):
+    """By aot_eager: Inductor has no operators with several complex results."""
+    gm = transform(nn.Linear(4, 6, dtype=torch.complex128), implementation=implementation)
+    eager = copy.deepcopy(gm)
+    model, _ = compiled(gm, "aot_eager")
+    x = torch.randn(3, 4, dtype=torch.complex128)
+    for _ in range(3):
+        for m in (model, eager):
+            m(x).abs().sum().backward()
+    for ours, theirs in zip(
+        (*gm.parameters(), *gm.buffers()), (*eager.parameters(), *eager.buffers()), strict=True
+    ):
+        assert relative_error(ours.detach(), theirs.detach()) < 1e-14
+        if ours.grad is not None:
+            assert relative_error(ours.grad, theirs.grad) < 1e-14

@@ -206,6 +206,39 @@ def test_adopts_torch_spectral_norm(sn):
     assert same(ours.eval()(x), theirs.eval()(x))
 
 
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_a_program_of_a_transformed_model_is_refused(decomposed):
+    """Its iteration would go on in eval mode, and `freeze` would leave it in."""
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(4, 6)
+    program = torch.export.export(transform(model, "0"), (x,))
+    if decomposed:
+        program = program.run_decompositions()
+    for source in (program, program.module()):
+        with pytest.raises(
+            ValueError, match=r"^0\.weight carries spectral norm that torch.export has spread"
+        ):
+            transform(source)
+    beside = transform(program, "2").eval()
+    with pytest.raises(RuntimeError, match=r"0\.weight still carries spectral norm"):
+        freeze(beside)
+
+
+def test_one_tensor_for_two_arguments():
+    class Difference(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.critic = nn.Linear(6, 1)
+
+        def forward(self, real, fake):
+            return self.critic(real) - self.critic(fake)
+
+    model, x = Difference(), torch.randn(2, 6)
+    gm = transform(model, example_inputs=(x, x), implementation="reference").eval()
+    real, fake = torch.randn(2, 2, 6).unbind()
+    assert gm(real, fake).abs().min() > 0
+    assert torch.equal(gm(real, fake), -gm(fake, real))
+
+
 # torch 2.13 about its old hook.
 @pytest.mark.filterwarnings(
     "ignore:The tensor attribute self.0.0.weight was assigned during export:UserWarning"
@@ -215,7 +248,7 @@ def test_a_program_of_a_model_with_torchs_spectral_norm_is_refused(sn):
     """It is in there as operations; normalising the other weights instead would be a surprise."""
     model, x = nn.Sequential(nn.Sequential(sn(nn.Linear(4, 8))), nn.Linear(8, 1)), torch.randn(2, 4)
     program = torch.export.export(model.eval(), (x,))
-    with pytest.raises(ValueError, match=r"^0\.0\.weight carries torch's.*transform\(model, example_inputs"):
+    with pytest.raises(ValueError, match=r"^0\.0\.weight carries spectral.*transform\(model, example_inputs"):
         transform(program)
     beside = transform(program, "1")
     assert [site.fqn for site in beside.sites()] == ["1.weight"]

@@ -445,6 +445,22 @@ def square(model, x):
     return model(x)
 
 
+def clip_by_a_layer(model, x):
+    weight = model.parametrizations.weight.original
+    with torch.no_grad():
+        before = model(x)
+        F.hardtanh(weight, -0.1, 0.1, True)
+        return before - model(x) + weight.sum()
+
+
+def drop_in_place(model, x):
+    return F.linear(x, F.leaky_relu(model.weight, 0.2, True), model.bias)
+
+
+def cut_rows(model, x):
+    return F.embedding(torch.arange(len(x)), model.weight, None, 0.1) + x
+
+
 def read_u(model, x):
     return model(x) + model.parametrizations.weight[0]._u.sum()
 
@@ -479,8 +495,11 @@ def other_matrix(model, x):
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (clip, "the weight is changed in place by clamp_"),
-        (square, "the weight is changed in place by"),
+        (clip, "the weight may be changed in place by clamp_"),
+        (square, "the weight may be changed in place by"),
+        (clip_by_a_layer, "the weight may be changed in place by"),
+        (drop_in_place, "W / sigma may be changed in place by"),
+        (cut_rows, "W / sigma may be changed in place by"),
         (read_u, "u is read by sum_1 as well"),
         (use_sigma, "its sigma is not used for W / sigma, or not for that alone"),
         (differentiate_u, "gradient flows through u or v"),
@@ -499,6 +518,34 @@ def test_what_is_not_fused_is_right_all_the_same(function, reason, caplog):
         torch._dynamo.reset()
         compare(model, function, (torch.randn(5, 6, dtype=torch.float64),))
         assert len(caplog.records) == once
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.round(decimals=2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def quantize(model, x):
+    return F.linear(x, Rounded.apply(model.weight))
+
+
+def checkpoint_a_part(model, x):
+    return torch.utils.checkpoint.checkpoint(torch.relu, F.linear(x, model.weight), use_reentrant=False)
+
+
+# torch 2.13, which does so itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("function", [quantize, checkpoint_a_part])
+def test_what_runs_a_graph_of_its_own_is_looked_into(function):
+    model = torch_sn(nn.Linear(6, 6)).double()
+    backend = compare(model, function, (torch.randn(4, 6, dtype=torch.float64),))
+    assert backend.fused
+    assert not backend.passed
 
 
 def test_wrapped_weights_pass_through():

@@ -242,3 +242,43 @@ def test_attributes_by_the_names_of_its_methods():
     model.sites = 5
     with pytest.raises(ValueError, match="Linear has an attribute named 'sites'"):
         transform(model)
+
+
+@COPIES
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential], ids=["itself", "in a parent"])
+def test_a_copy_of_a_model_compiled_in_place_runs_its_own_weights(duplicate, wrap):
+    model = transform(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))).eval()
+    model.compile(backend="eager")
+    whole, x = wrap(model), torch.randn(3, 4)
+    want = whole(x)
+    copied = duplicate(whole)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(x), want)
+    assert torch.equal(whole(x), torch.zeros(3, 2))
+
+
+def test_an_edit_between_a_weight_and_the_call_is_refused():
+    gm = transform(nn.Sequential(nn.Linear(4, 3)))
+    read = gm.graph.find_nodes(op="get_attr", target="0.weight")[0]
+    with gm.graph.inserting_after(read):
+        cast = gm.graph.call_method("clone", (read,))
+    read.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    with pytest.raises(ValueError, match=r"takes stored weights.*the graph gives it clone"):
+        gm.recompile()
+
+
+def test_methods_of_the_model_that_stay_behind_are_named(caplog):
+    class Frozen(nn.Sequential):
+        def train(self, mode=True):
+            return super().train(False)
+
+        def get_extra_state(self):
+            return torch.tensor(7)
+
+    transform(nn.Sequential(Frozen(nn.Linear(4, 3))))
+    assert not caplog.records  # those of a part stay
+    transform(Frozen(nn.Linear(4, 3)))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Frozen has its own get_extra_state, train, which")
