@@ -162,9 +162,9 @@ def compile_with_the_pass(rank, folder):
 
 @APIS
 @pytest.mark.parametrize("training", [False, True])
-def test_with_inductors_freezing(sn, training, monkeypatch):
+@torch._inductor.config.patch(freezing=True)
+def test_with_inductors_freezing(sn, training):
     """Dynamo then reads parameters where they are first used."""
-    monkeypatch.setattr(torch._inductor.config, "freezing", True)
     model = nn.Sequential(sn(nn.Linear(6, 6)), sn(nn.Linear(6, 2))).train(training)
     eager, x, inner = copy.deepcopy(model), torch.randn(3, 6), Keep()
     compiled = torch.compile(model, backend="specnorm", options={"inner": inner})
