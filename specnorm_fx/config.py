@@ -149,7 +149,7 @@ class Selection:
     def __init__(self, select: Select, default: SpectralNormConfig) -> None:
         if isinstance(select, Mapping):
             self.rules = [Rule(_checked(p), _checked_config(p, c)) for p, c in select.items()]
-        elif isinstance(select, list | tuple) and not _is_types(select):
+        elif isinstance(select, list) or (isinstance(select, tuple) and not _is_types(select)):
             self.rules = [Rule(_checked(pattern), default) for pattern in select]
         else:
             self.rules = [Rule(_checked(select), default)]

@@ -30,7 +30,6 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specnorm_fx import checkpoint, ops, reference
-from specnorm_fx.graph_module import attribute
 
 __all__ = ["Fused", "Passed", "fqn_in_source", "fuse_", "fuse_graph_"]
 
@@ -435,8 +434,8 @@ def _may_write(node: fx.Node) -> bool:
         return True
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         # What it runs: a checkpointed part, say, or both directions of an autograd.Function.
-        root: Any = node.graph.owning_module
-        values = [attribute(root, str(x.target)) for x in node.all_input_nodes if x.op == "get_attr"]
+        read = (str(x.target) for x in node.all_input_nodes if x.op == "get_attr")
+        values = [getattr(node.graph.owning_module, name, None) for name in read]
         bodies = [value.graph for value in values if isinstance(value, fx.GraphModule)]
         return not bodies or any(_may_write(inner) for body in bodies for inner in body.nodes)
     if node.op == "call_module":

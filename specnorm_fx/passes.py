@@ -1,6 +1,7 @@
 """The rewrite: `SpectralNormPass`, and `transform`, which captures a model and runs it."""
 
 import copy
+import inspect
 import itertools
 import logging
 import operator
@@ -368,13 +369,13 @@ def _normalized_fqns(model: nn.Module) -> set[str]:
 
 
 def _log_lost_methods(model: nn.Module) -> None:
-    """A graph has no methods of the model; to those of its own PyTorch's functions would go by."""
+    """A graph has no methods of the model; of most that is plain, but PyTorch itself calls these."""
     kind = type(model)
     if isinstance(model, fx.GraphModule) or kind.__module__.startswith("torch."):
         return
-    names = (name for name in vars(nn.Module) if not name.startswith("__"))
-    lost = sorted(name for name in names if getattr(kind, name, None) is not getattr(nn.Module, name))
-    lost = [name for name in lost if name not in ("forward", "extra_repr", "_get_name")]
+    of_module = {name for name, value in vars(nn.Module).items() if inspect.isfunction(value)}
+    others = {name for name in of_module if name.startswith("__")} | {"forward", "extra_repr", "_get_name"}
+    lost = sorted(x for x in of_module - others if getattr(kind, x) is not getattr(nn.Module, x))
     if lost:
         logger.warning(
             "%s has its own %s, which the transformed model does not have: methods of the model itself stay "

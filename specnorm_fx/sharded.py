@@ -124,6 +124,10 @@ class Matrix:
         """The adjoint."""
         return replace(self, adjoint=not self.adjoint)
 
+    def resolve_conj(self) -> "Matrix":
+        """Itself: it conjugates what it multiplies."""
+        return self
+
     def partial_product(self, x: Tensor) -> Tensor:
         """What the block contributes to the product.
 

@@ -35,6 +35,7 @@ def selected(select):
         (lambda module, fqn: fqn == "fc", {"fc.weight"}),
         (["fc", nn.Conv2d], CONVS | {"fc.weight"}),
         (("fc", nn.Conv2d), CONVS | {"fc.weight"}),
+        ([nn.Conv2d, nn.Linear], CONVS | {"fc.weight"}),
         (["fc", lambda module, fqn: fqn.endswith("skip")], {f for f in CONVS if "skip" in f} | {"fc.weight"}),
         ({"blocks.1.*": None, "*": SpectralNormConfig()}, BLOCK0 | {"fc.weight"}),
         ({"*": SpectralNormConfig(), "blocks.1.*": None}, CONVS | {"fc.weight"}),  # the first match wins
