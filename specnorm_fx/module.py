@@ -136,7 +136,10 @@ def _store_(buffers: Sequence[list[Tensor]], vectors: Sequence[list[Tensor]], co
     if not all(counts):
         moved = [k for k, count in enumerate(counts + counts) if count]
         stored, fresh = [stored[k] for k in moved], [fresh[k] for k in moved]
-    if torch.compiler.is_exporting():  # others read the program (in torch 2.11 any compile counts)
+    # Plain copies in a program, which others read (in torch 2.11 any compile counts as one), and for
+    # torch.func.functionalize, which refuses operators that change their arguments.
+    is_eager = not torch.compiler.is_compiling()
+    if torch.compiler.is_exporting() or (is_eager and ops.is_functionalized()):
         torch._foreach_copy_(stored, fresh)
     else:
         ops.store_(stored, fresh)

@@ -39,6 +39,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
+from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -46,6 +47,7 @@ from specnorm_fx import cpu_kernels, reference
 
 __all__ = [
     "groups",
+    "is_functionalized",
     "normalize",
     "power_iteration",
     "refuse_recompute",
@@ -196,6 +198,12 @@ def _singular_vectors(
 
 def _store(buffers: list[Tensor], vectors: list[Tensor]) -> None:
     torch._foreach_copy_(buffers, vectors)
+
+
+def is_functionalized() -> bool:
+    """Whether ``torch.func.functionalize`` is what looks at the next operation, in eager mode."""
+    interpreter = peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() == TransformType.Functionalize
 
 
 def refuse_recompute(n: list[int], once: bool) -> None:
@@ -552,5 +560,3 @@ store_ = _define(
     lambda buffers, vectors: None,
     _each_its_own,
 )
-# torch.func.functionalize refuses operators that change their arguments, but not what this one is made of.
-torch.library.impl(f"specnorm_fx::store_.{REVISION}", "Functionalize", _store)
