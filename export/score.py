@@ -53,6 +53,7 @@ from numpy.typing import NDArray
 
 # What Pillow may take a file for, whatever its name says: of its other formats, EPS starts a program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp", ".npy")
 INPUT_DTYPES: dict[str, type[np.floating[Any]]] = {
     "tensor(float16)": np.float16,
@@ -116,16 +117,21 @@ def _read_image(path: str | os.PathLike[str], channels: int | None) -> NDArray[n
         try:
             with Image.open(file, formats=FORMATS) as image:
                 mode = image.mode
-                deep = mode.startswith("I;16")  # which Pillow would clip to 8 bits
+                # Of more than 8 bits, to which Pillow would clip it. Of a PGM it makes 16.
+                deep = mode.startswith("I;16") or (mode == "I" and image.format == "PPM")
+                tags = image.tag_v2 if deep and image.format == "TIFF" else {}
                 grey = channels == 1 or (channels is None and mode in ("1", "L", "LA"))
                 pixels = np.asarray(image if deep else image.convert("L" if grey else "RGB"))
         except UnidentifiedImageError as error:
             raise ValueError(f"not one of the kinds {', '.join(FORMATS)}; convert it to PNG") from error
         except Exception as error:  # damaged files make Pillow raise errors of many kinds
             raise ValueError(f"damaged or incomplete ({error}); copy or export it again") from error
-    if mode in ("I", "F"):
+    if mode in ("I", "F") and not deep:
         raise ValueError(f"pixels of mode {mode!r} have 32 bits and no known range; convert it to .npy")
-    values = np.atleast_3d(pixels).astype(np.float32) / np.float32(65535 if deep else 255)
+    bits = tags.get(TIFF_BITS, (16,))[0] if deep else 8
+    values = np.atleast_3d(pixels).astype(np.float32) / np.float32(2**bits - 1)
+    if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO:  # which Pillow turns over in 8 bits alone
+        values = np.float32(1) - values
     image_values = np.ascontiguousarray(values.transpose(2, 0, 1))
     return np.repeat(image_values, 3, axis=0) if deep and channels == 3 else image_values
 

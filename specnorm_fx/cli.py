@@ -67,6 +67,7 @@ VERIFY = """\
 examples:
   specnorm-fx verify disc.onnx --model nets.py:Discriminator --checkpoint disc.pt --batches 10
   specnorm-fx verify disc.onnx --model disc.pt2 --rtol 1e-4 --json
+  specnorm-fx verify int8.onnx --model disc.pt2 --data images.npy
 """
 INSPECT = """\
 examples:
@@ -165,8 +166,12 @@ def _export(args: argparse.Namespace) -> str:
 def _verify(args: argparse.Namespace) -> str:
     taken = specnorm_fx.onnx.inputs_of(args.file)  # a file that is no ONNX is an error, and not a difference
     model = _trained(args)
-    sizes = range(1, args.batches + 1)
-    batches = [example_inputs(model, args.input or file_inputs(taken, size)) for size in sizes]
+    if args.data:
+        example = example_inputs(model, args.input or file_inputs(taken, 1))
+        batches = calibration_batches(args.data, example)[: args.batches]
+    else:
+        sizes = range(1, args.batches + 1)
+        batches = [example_inputs(model, args.input or file_inputs(taken, size)) for size in sizes]
     try:
         verification = specnorm_fx.onnx.verify(args.file, model, batches, rtol=args.rtol, structure=True)
     except VerificationError:
@@ -349,6 +354,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, metavar="MODEL")
     _model_arguments(add)
     _input_arguments(add)
+    add(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="compare on these, .npy or a folder of them",
+    )
 
     add = _command(commands, "inspect", _inspect, "show the singular values of every weight", INSPECT)
     add("target", metavar="MODEL|CHECKPOINT|F.onnx")

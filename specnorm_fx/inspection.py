@@ -126,24 +126,29 @@ def inspect_onnx(path: str | os.PathLike[str]) -> Inspection:
 
     Args:
         path: An ONNX file, its external data beside it. One that `specnorm_fx.onnx.export` has written
-            says in its metadata what each weight was divided by. An int8 weight is shown dequantized.
+            says in its metadata what each weight was divided by, and which were then multiplied with the
+            scales of a batch norm, whose sigma is any. An int8 weight is shown dequantized.
 
     Raises:
         ImportError: The extra ``onnx`` is not installed.
         OSError: There is no such file.
-        ValueError: It is no ONNX file, or the sigmas in its metadata are none.
+        ValueError: It is no ONNX file, or its metadata are not what `specnorm_fx.onnx.export` writes.
     """
     found, metadata = weights_of(path)
     divided_by = _divided_by(metadata, path)
+    folded = _folded(metadata, path)
     rows = []
     for weight in found:
         sigma = divided_by.get(weight.name)
         status = "plain" if sigma is None else "divided"
         row = _row(weight.name, weight.values, weight.dim, status, sigma=sigma)
-        if sigma is not None and row.exact is not None and abs(row.exact - 1) > LAG:
+        if sigma is not None and weight.name in folded:
+            row = replace(row, why="divided by sigma, then multiplied with the scales of a batch norm")
+        elif sigma is not None and row.exact is not None and abs(row.exact - 1) > LAG:
             row = replace(row, why=f"divided by sigma, and its largest singular value is {row.exact:.4g}")
         rows.append(row)
-    notes = {name: value for name, value in metadata.items() if name != "specnorm_fx.sigmas"}
+    shown = ("specnorm_fx.sigmas", "specnorm_fx.folded")
+    notes = {name: value for name, value in metadata.items() if name not in shown}
     return Inspection(os.path.basename(path), tuple(rows), notes)
 
 
@@ -172,9 +177,24 @@ def _divided_by(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> di
             return dict(found)
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         pass
-    raise ValueError(
-        f"The metadata specnorm_fx.sigmas of {path} must be a JSON object of numbers, got {text[:80]!r}. "
-        f"Export the model again."
+    raise _bad_metadata("sigmas", "a JSON object of numbers", text, path)
+
+
+def _folded(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> list[str]:
+    text = metadata.get("specnorm_fx.folded", "[]")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        raise _bad_metadata("folded", "a JSON list of names", text, path)
+    return found
+
+
+def _bad_metadata(key: str, wanted: str, text: str, path: str | os.PathLike[str]) -> ValueError:
+    return ValueError(
+        f"The metadata specnorm_fx.{key} of {path} must be {wanted}, got {text[:80]!r}. Export the model "
+        f"again."
     )
 
 

@@ -11,10 +11,11 @@ import logging
 import operator
 import os
 import pickle
+import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from glob import escape
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.fx.proxy import TraceError
 
 from specnorm_fx.atomic import replaced
-from specnorm_fx.checkpoint import LAYOUTS, convert_state_dict, keys_of
+from specnorm_fx.checkpoint import convert_state_dict, find_weights
 from specnorm_fx.graph_module import SpectralNormGraphModule
 from specnorm_fx.passes import transform
 
@@ -45,7 +46,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 NESTED = ("state_dict", "model")  # where a training checkpoint keeps the state dict
-WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before every key
+WRAPPED = "module."  # what DDP and AveragedModel put before every key
+AVERAGES = "n_averaged"  # what AveragedModel keeps beside
+COMPILED = re.compile(r"(?<![^.])_orig_mod\.")  # what torch.compile puts before those of what it compiles
 QUOTED = 600  # characters of another's message: a state dict that does not fit may name thousands of keys
 SAVE_IT_AS_PROGRAM = "Save the model as it is before transform: torch.export.save(program, 'model.pt2')."
 SAVE_IT = "Save the state dict alone: torch.save(model.state_dict(), path)."
@@ -254,11 +257,16 @@ def _is_mapping(loaded: Any, key: str) -> bool:
 
 
 def _is_state_dict(candidate: Any) -> bool:
-    """Names with a tensor among their values; a value may be extra state of any kind."""
+    """Names with a tensor among their values, and no further state dict but extra state, of any kind."""
     return (
         isinstance(candidate, dict)
         and all(isinstance(key, str) for key in candidate)
         and any(isinstance(value, Tensor) for value in candidate.values())
+        and not any(
+            _is_state_dict(value)
+            for key, value in candidate.items()
+            if not key.endswith(torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX)
+        )
     )
 
 
@@ -305,7 +313,7 @@ def _whole(key: str, value: Any) -> Tensor:
 
 
 def strip_wrappers(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Take off the prefixes of DDP and ``torch.compile`` that all keys have and the model's do not.
+    """Take off what DDP, ``AveragedModel`` and ``torch.compile`` put into names, and the model's do not have.
 
     Args:
         state_dict: Any layout.
@@ -315,12 +323,18 @@ def strip_wrappers(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str,
         A new dict.
     """
     own = model.state_dict().keys()
-    for prefix in WRAPPERS:
-        own_too = all(key.startswith(prefix) for key in own)
-        if state_dict and not own_too and all(key.startswith(prefix) for key in state_dict):
-            unwrapped = {key.removeprefix(prefix): value for key, value in state_dict.items()}
-            return strip_wrappers(unwrapped, model)
-    return dict(state_dict)
+    found = dict(state_dict)
+    if AVERAGES not in own:
+        found.pop(AVERAGES, None)
+    if not any(COMPILED.search(key) for key in own):  # around the model, or a part of it
+        found = {COMPILED.sub("", key): value for key, value in found.items()}
+    while _are_wrapped(found) and not _are_wrapped(own):
+        found = {key.removeprefix(WRAPPED): value for key, value in found.items()}
+    return found
+
+
+def _are_wrapped(names: Collection[str]) -> bool:
+    return bool(names) and all(name.startswith(WRAPPED) for name in names)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -356,8 +370,8 @@ def load_model(
     Args:
         spec: As in `build_model`.
         kwargs: As there.
-        checkpoint: As in `read_checkpoint`, of any layout, also from DDP or ``torch.compile``. ``None``: the
-            weights that the model comes with.
+        checkpoint: As in `read_checkpoint`, of any layout, also from DDP, ``AveragedModel`` or
+            ``torch.compile``. ``None``: the weights that the model comes with.
         select: Globs, or ``"re:..."``.
 
     Returns:
@@ -371,7 +385,13 @@ def load_model(
     model = build_model(spec, kwargs)
     loaded = model.state_dict() if checkpoint is None else read_checkpoint(checkpoint)
     state_dict = strip_wrappers(loaded, model)
-    named = _normalized(state_dict)
+    named = [fqn for fqn, _ in find_weights(state_dict)]
+    own = convert_state_dict(model.state_dict(), to="plain")
+    if foreign := [fqn for fqn in named if fqn not in own]:
+        raise LoadError(
+            f"{checkpoint} has spectral norm for {foreign[0]}, and the model has no such parameter, but "
+            f"{textwrap.shorten(', '.join(own), QUOTED)}. Check the model, and what stands before the names."
+        )
     try:
         transformed = transform(model, [escape(fqn) for fqn in named] if named and not select else select)
     except TraceError as error:
@@ -391,13 +411,6 @@ def load_model(
     except RuntimeError as error:  # a program of a model in training mode
         raise LoadError(str(error)) from error
     return transformed
-
-
-def _normalized(state_dict: Mapping[str, Any]) -> list[str]:
-    """The FQNs of the weights for which a state dict has spectral norm, in its order."""
-    plain = convert_state_dict(state_dict, to="plain")
-    vectors = state_dict.keys() - plain.keys()
-    return [fqn for fqn in plain if any(keys_of(fqn, layout).u in vectors for layout in LAYOUTS)]
 
 
 def _load_(model: SpectralNormGraphModule, state_dict: dict[str, Any], path: Path) -> None:

@@ -69,8 +69,9 @@ def sigmas(model: nn.Module, *, residual: bool = False) -> dict[str, Tensor] | d
 class SigmaLogger:
     """Sigma and residual of every weight over the training, for TensorBoard.
 
-    Called once in a step, after the optimizer's, it waits for nothing: on CUDA the values are copied to the
-    host in the background, and written by a later call, when they have arrived.
+    Called after the optimizer's step, it waits for nothing: on CUDA the values are copied to the host in the
+    background, and written by a later call, when they have arrived. It computes them weight by weight, which
+    takes as long as a step of a model with many small layers: there every tenth step is enough.
 
         log = SigmaLogger(SummaryWriter("runs/1"), critic)
         for step in range(steps):

@@ -48,9 +48,17 @@ def update_after(optimizer: torch.optim.Optimizer, model: nn.Module) -> Removabl
 
     Raises:
         TypeError: As `update_`, at once.
-        ValueError: As `update_`, at once.
+        ValueError: As `update_`, at once. Or the optimizer has no parameter of ``model``: it is another
+            model's, the generator's say, and u and v would not follow the weights.
     """
     _calls(model)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
+        raise ValueError(
+            f"This {type(optimizer).__name__} has no parameter of the model, so u and v would not follow its "
+            f"weights: give update_after the optimizer that trains the model. Where that has copies of the "
+            f"parameters, call specnorm_fx.update_(model) after its step."
+        )
 
     def update_weights(*_: object) -> None:
         update_(model)

@@ -185,6 +185,17 @@ def test_verify(folder, capsys):
     assert json.loads(capsys.readouterr().out)["batches"] == 1
 
 
+def test_verify_int8_on_data(folder, capsys):
+    """In a range that random batches leave."""
+    np.save("small.npy", 0.01 * np.random.default_rng(0).standard_normal((8, *SHAPE[1:]), np.float32))
+    int8 = ("--dynamic-batch", "--precision", "int8", "--calibration", "small.npy")
+    assert run("export", MODEL, "--checkpoint", "disc.pt", "--input", "4x3x16x16", *int8, "-o", "q.onnx") == 0
+    assert run("verify", "q.onnx", "--model", *LOADED, "--data", "small.npy", "--batches", "5") == 0
+    assert "agrees with the model on 5 batches" in capsys.readouterr().out
+    assert run("verify", "q.onnx", "--model", *LOADED) == 1
+    assert "int8 is right in the range of its calibration" in capsys.readouterr().err
+
+
 def test_a_difference_is_exit_code_1(folder, capsys):
     state = torch.load("disc.pt")
     state["fc.bias"] += 1
@@ -420,6 +431,11 @@ FAULTS = [
     ),
     bad(saved({"weights": {}, "epoch": 3}), "got a dict of weights, epoch", "no state dict"),
     bad(saved({}), "got a dict of nothing", "nothing"),
+    bad(
+        saved({"netD": {"fc.bias": torch.zeros(2)}, "step": torch.tensor(3)}),
+        "got a dict of netD, step",
+        "a state dict under another name, beside a tensor",
+    ),
     bad_safetensors(written("bad.safetensors"), "is damaged or no safetensors file", "safetensors: 0 bytes"),
     bad_safetensors(
         cut("good.safetensors", "bad.safetensors", 0.1), "is damaged or no", "safetensors: cut at 10 %"

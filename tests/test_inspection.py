@@ -278,6 +278,20 @@ def test_a_divided_weight_has_sigma_1(exported):
     assert "specnorm_fx.version" in inspection.notes
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_weight_that_took_in_a_batch_norm(tmp_path, precision):
+    gm = transform(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)))
+    warm_up_(gm)
+    nn.init.constant_(gm.get_parameter("1.weight"), 3.0)
+    x = torch.randn(2, 3, 8, 8)
+    calibration = [x] if precision == "int8" else None
+    specnorm_fx.onnx.export(gm.eval(), x, tmp_path / "d.onnx", precision=precision, calibration=calibration)
+    first, second = inspect_onnx(tmp_path / "d.onnx").rows
+    assert first.exact == pytest.approx(3, rel=0.05)
+    assert first.why == "divided by sigma, then multiplied with the scales of a batch norm"
+    assert (first.status, second.status, second.why) == ("divided", "divided", "")
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_weights_of_every_precision(exported, tmp_path, precision):
     gm, _ = exported
@@ -309,6 +323,11 @@ def test_metadata_that_is_none_of_ours(exported, tmp_path, sigmas):
     onnx.save(file, tmp_path / "d.onnx")
     with pytest.raises(ValueError, match="must be a JSON object of numbers"):
         inspect_onnx(tmp_path / "d.onnx")
+    entry.key = "specnorm_fx.folded"
+    onnx.save(file, tmp_path / "d.onnx")
+    if sigmas != "[1]":
+        with pytest.raises(ValueError, match="must be a JSON list of names"):
+            inspect_onnx(tmp_path / "d.onnx")
 
 
 @pytest.mark.parametrize("content", [b"", b"no onnx", b"\x08\x07"], ids=["empty", "text", "no_graph"])

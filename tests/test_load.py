@@ -142,6 +142,23 @@ def test_wrapped_checkpoint_of_a_model_with_torch_sn():
     assert_same_outputs(loaded, trained)
 
 
+def test_an_averaged_checkpoint_of_a_model_with_a_compiled_part():
+    trained = train(build())
+    averaged = torch.optim.swa_utils.AveragedModel(specnorm_fx.transform(trained), use_buffers=True)
+    state = {name.replace("fc.", "fc._orig_mod."): value for name, value in averaged.state_dict().items()}
+    assert "n_averaged" in state
+    torch.save(state, "average.pt")
+    loaded = load_model(f"{FILE}:Discriminator", {}, "average.pt")
+    assert_same_outputs(loaded, averaged.module)
+
+
+def test_names_that_are_not_the_models():
+    state = specnorm_fx.transform(build()).state_dict()
+    torch.save({f"D.{name}": value for name, value in state.items()}, "disc.pt")
+    with pytest.raises(LoadError, match=r"disc.pt has spectral norm for D\.\S+, and the model has no such"):
+        load_model(f"{FILE}:Discriminator", {}, "disc.pt")
+
+
 def test_own_prefix_is_kept():
     model = nn.ModuleDict({"module": build()})
     assert strip_wrappers(model.state_dict(), model).keys() == model.state_dict().keys()

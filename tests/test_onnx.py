@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -227,6 +228,20 @@ def test_named_dimensions(tmp_path):
     assert verify(tmp_path / "c.onnx", gm, batches, structure=True).nodes == report.nodes
 
 
+def test_an_output_that_is_an_input(tmp_path):
+    """Of feature maps the first is often the input."""
+
+    class Maps(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    gm = transform(nn.Sequential(Maps(4, 3))).eval()
+    export(gm, torch.randn(2, 4), tmp_path / "d.onnx", dynamic_batch=True)
+    graph = onnx.load(tmp_path / "d.onnx").graph
+    assert [value.name for value in graph.input] == ["input"]
+    assert [value.name for value in graph.output][1] == "input_output"
+
+
 def test_named_dimensions_beside_numbers(tmp_path):
     class Scaled(nn.Module):
         def __init__(self):
@@ -306,6 +321,14 @@ def test_large_weights_stand_in_a_file_of_their_own(tmp_path, monkeypatch):
         ),
         ({"precision": "bf16", "opset_version": 20}, "opset_version must be at least 22 for bf16.*got 20"),
         ({"metadata": {"sigmas": "1"}}, "metadata must have other keys than the file's own, got sigmas"),
+        ({"metadata": {"epoch": 3}}, "metadata must be text, got another type under epoch"),
+        ({"axes": {"x": [0]}}, r"axes\['x'\] must be a mapping such as \{0: 'batch'\}, got \[0\]"),
+        ({"n_batches": 0}, "n_batches must be at least 1, got 0"),
+        ({"rtol": math.nan}, "rtol must be 0 or larger, got nan"),
+        ({"output_names": "score"}, "output_names must be a list of names, got 'score'"),
+        ({"output_names": ["a", "b"]}, "output_names must name 1 outputs at most, got a, b"),
+        ({"output_names": ["x"]}, "must be none of the names in the graph, got x"),
+        ({"input_names": ["lin.weight"]}, "must be none of the names in the graph, got lin.weight"),
     ],
 )
 def test_export_refuses_options(options, match, tmp_path):

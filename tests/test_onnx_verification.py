@@ -186,6 +186,23 @@ def test_an_output_that_jumps_is_not_excused(tmp_path):
         verify(tmp_path / "j.onnx", other, x, rtol=0.1)
 
 
+def test_nan_that_agrees(tmp_path):
+    class Spread(nn.Linear):
+        def forward(self, x):
+            centred = x - x.mean(0)
+            return super().forward(x) * (centred / centred.norm(dim=0)).square().sum()
+
+    gm = transform(nn.Sequential(Spread(4, 3))).eval()
+    one = torch.randn(1, 4)
+    assert gm(one).isnan().all()
+    export(gm, torch.randn(4, 4), tmp_path / "s.onnx", dynamic_batch=True)  # of which the first batch is one
+    with pytest.raises(VerificationError, match="gives nothing but NaN on these inputs"):
+        verify(tmp_path / "s.onnx", gm, one)
+    other = transform(nn.Sequential(nn.Linear(4, 3))).eval()
+    with pytest.raises(VerificationError, match="disagrees"):
+        verify(tmp_path / "s.onnx", other, one)
+
+
 def test_infinities_that_agree(tmp_path):
     class Masked(nn.Linear):
         def forward(self, x):

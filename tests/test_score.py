@@ -84,6 +84,37 @@ def test_images_of_keeps_16_bits_of_grey(tmp_path, rng, extension, channels):
     np.testing.assert_array_equal(image, expected)
 
 
+@pytest.mark.parametrize("largest", [1023, 65535])
+def test_images_of_keeps_more_than_8_bits_of_a_pgm(tmp_path, rng, largest):
+    pixels = rng.integers(largest + 1, size=(4, 6), dtype=np.uint16)
+    (tmp_path / "x.pgm").write_bytes(b"P5 6 4 %d\n" % largest + pixels.astype(">u2").tobytes())
+    for channels in (1, 3):
+        (image,) = read(tmp_path / "x.pgm", channels, 0, 1)
+        assert image.shape == (channels, 4, 6)
+        np.testing.assert_allclose(image, np.repeat(pixels[None] / largest, channels, axis=0), atol=1 / 65535)
+
+
+def tiff(pixels, bits, photometric):
+    """Grey, in one strip, as scanners write it."""
+    rows = np.unpackbits(pixels.astype(">u2").view(np.uint8)).reshape(-1, 16)[:, -bits:]
+    data = np.packbits(rows).tobytes() if bits < 16 else pixels.astype("<u2").tobytes()
+    height, width = pixels.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: height}
+    tags[279] = len(data)
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(12, 1), (16, 0), (16, 1)])  # 12, 0 Pillow does not take
+def test_images_of_keeps_more_than_8_bits_of_a_tiff(tmp_path, rng, bits, photometric):
+    pixels = rng.integers(2**bits, size=(4, 6), dtype=np.uint16)
+    (tmp_path / "x.tif").write_bytes(tiff(pixels, bits, photometric))
+    (image,) = read(tmp_path / "x.tif", 1, 0, 1)
+    grey = pixels / (2**bits - 1)
+    np.testing.assert_allclose(image[0], grey if photometric else 1 - grey, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 @pytest.mark.parametrize("channels", [1, 3, None])
 def test_images_of_converts_every_mode_and_drops_alpha(tmp_path, rng, mode, channels):

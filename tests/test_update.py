@@ -284,6 +284,16 @@ def states_equal(a, b):
     return all(m == n and torch.equal(x, y) for (m, x), (n, y) in pairs)
 
 
+def test_update_after_refuses_the_optimizer_of_another_model():
+    gm, _ = trainee()
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters())
+    with pytest.raises(ValueError, match="This SGD has no parameter of the model"):
+        update_after(optimizer, gm)
+    assert not optimizer._optimizer_step_post_hooks
+    optimizer.add_param_group({"params": list(gm.parameters())[:1]})
+    update_after(optimizer, gm)
+
+
 def test_update_after_is_update_after_every_step():
     (gm, optimizer), (twin, other) = trainee(), trainee()
     handle = update_after(optimizer, gm)

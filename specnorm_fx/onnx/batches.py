@@ -181,7 +181,10 @@ def dynamic_dimensions(
     free: Axes = []
     for name, tensor in zip(names, tensors(args), strict=True):
         dims: dict[int, str | None] = {0: "batch"} if dynamic_batch and tensor.ndim else {}
-        for dim, label in axes.get(name, {}).items():
+        named = axes.get(name, {})
+        if not isinstance(named, Mapping):
+            raise ValueError(f"axes[{name!r}] must be a mapping such as {{0: 'batch'}}, got {named!r}.")
+        for dim, label in named.items():
             if not 0 <= dim < tensor.ndim:
                 raise ValueError(
                     f"axes[{name!r}] must name dimensions from 0 to {tensor.ndim - 1}, got {dim}."

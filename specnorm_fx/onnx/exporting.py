@@ -32,7 +32,15 @@ from specnorm_fx.report import sigmas
 __all__ = ["export"]
 
 # The keys of the metadata that export itself writes.
-OWN = ("max_rel_error", "opset", "precision", "sigmas", "version")
+OWN = ("folded", "max_rel_error", "opset", "precision", "sigmas", "version")
+
+# Where a file does not agree with its model.
+_NOT_FP32 = (
+    " If the forward makes fp32 tensors of its own (torch.arange(4.)), give them the dtype of its input, or "
+    "make them buffers."
+)
+OTHER_OPSET = " Leave opset_version out: the exporter can have written operators of a later one."
+REMEDIES = {"fp16": _NOT_FP32, "bf16": _NOT_FP32}
 
 
 def export(
@@ -62,8 +70,10 @@ def export(
     other sizes as well where a dimension is dynamic; integer inputs are drawn from the values in ``args``.
 
     Its ``metadata_props`` have, under keys with the prefix ``specnorm_fx.``: ``version``, ``opset``,
-    ``precision``, ``sigmas`` (a JSON object, by FQN), ``max_rel_error``, and what ``metadata`` adds. The
-    same input gives the same bytes, on the same machine with the same number of threads.
+    ``precision``, ``sigmas`` (a JSON object, by FQN), ``folded`` (a JSON list of the parameters that the
+    exporter has multiplied with the scales of a batch norm after them, if there are any), ``max_rel_error``,
+    and what ``metadata`` adds. The same input gives the same bytes, on the same machine with the same number
+    of threads.
 
     Args:
         model: A transformed model in eval mode, or what `specnorm_fx.freeze` made of one (no ``sigmas``).
@@ -95,7 +105,8 @@ def export(
         ImportError: The extra ``onnx`` is not installed.
         TypeError: ``model`` holds no transformed model, or has one only as a part.
         ValueError: The model has forward hooks; options exclude each other, or are missing; ``args`` hold no
-            tensor, ``axes`` name none or one that the model fixes, or the exporter cannot write this opset.
+            tensor, ``axes`` name none or one that the model fixes, the exporter cannot write this opset, or a
+            name stands for two tensors.
         RuntimeError: It is in training mode, or torch's exporter fails on it.
         OSError: ``path`` cannot be written.
         VerificationError: The file does not agree with the model; none is left behind.
@@ -109,6 +120,11 @@ def export(
             f"{type(gm).__name__} has forward hooks, which torch's exporter leaves out. Remove them; or "
             f"capture the model with them, transform(model, example_inputs=...)."
         )
+    for option, given in (("input_names", input_names), ("output_names", output_names)):
+        if isinstance(given, str):
+            raise ValueError(f"{option} must be a list of names, got {given!r}.")
+    if n_batches < 1:
+        raise ValueError(f"n_batches must be at least 1, got {n_batches}.")
     names = tensor_names(gm, args, input_names)
     if dynamic_shapes is not None and (dynamic_batch or axes is not None):
         raise ValueError("export takes dynamic_batch and axes, or dynamic_shapes, not both.")
@@ -116,12 +132,14 @@ def export(
     batches = [in_order_of(args, batch) for batch in checked_calibration(precision, calibration, names)]
     if taken := sorted({*OWN} & set(metadata or {})):
         raise ValueError(f"metadata must have other keys than the file's own, got {', '.join(taken)}.")
+    if wrong := [key for key, value in (metadata or {}).items() if not isinstance(value, str)]:
+        raise ValueError(f"metadata must be text, got another type under {', '.join(map(str, wrong))}.")
     frozen = freeze(gm) if gm.sites() else copy.deepcopy(gm)
     external_data = is_external(frozen, external_data)
 
     target = Path(path)
     with replaced(target) as written:
-        opset = write(
+        opset, folded = write(
             frozen,
             args,
             written,
@@ -142,15 +160,16 @@ def export(
             )
         except VerificationError as error:
             message = str(error).replace(str(written), str(target))
-            remedy = " Calibrate on more data, or give a larger rtol." if precision == "int8" else ""
+            remedy = REMEDIES.get(precision, "") + (OTHER_OPSET if opset_version is not None else "")
             raise VerificationError(f"{message}{remedy} No file was written.") from error
-        append_metadata(written, _own(gm, precision, opset, verification) | dict(metadata or {}))
+        own = _own(gm, precision, opset, folded, verification)
+        append_metadata(written, own | dict(metadata or {}))
     remove_older(target, data)
     return dataclasses.replace(verification, path=target)
 
 
 def _own(
-    gm: SpectralNormGraphModule, precision: str, opset: int, verification: Verification
+    gm: SpectralNormGraphModule, precision: str, opset: int, folded: list[str], verification: Verification
 ) -> dict[str, str]:
     """What export itself says in the metadata, under the keys `OWN`."""
     own = {
@@ -159,6 +178,8 @@ def _own(
         "opset": str(opset),
         "max_rel_error": f"{verification.max_rel_error:.2e}",
     }
+    if folded:
+        own["folded"] = json.dumps(folded)
     if gm.sites():
         found = sigmas(gm)
         # The exporter keeps one name of a tied weight, and not always the first.

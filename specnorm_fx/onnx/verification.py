@@ -128,11 +128,14 @@ def verify(
         ImportError: The extra ``onnx`` is not installed.
         FileNotFoundError: There is no such file.
         TypeError: ``structure``, and ``model`` holds no transformed model.
-        ValueError: ``inputs`` is empty.
+        ValueError: ``inputs`` is empty, or ``rtol`` is no number from 0 on.
         RuntimeError: ``model`` is in training mode.
         VerificationError: The file is no valid ONNX, its inputs, outputs or operators are others, or a
-            value differs by more than ``rtol``; the message has the figures.
+            value differs by more than ``rtol``; the message has the figures. NaN and inf must be where the
+            model has them; a model that gives nothing but NaN is an error.
     """
+    if rtol is not None and not rtol >= 0:
+        raise ValueError(f"rtol must be 0 or larger, got {rtol}.")
     refuse_training(model)
     listed: list[Any] = inputs if isinstance(inputs, list) else [inputs]
     batches = [as_batch(batch) for batch in listed]
@@ -142,6 +145,11 @@ def verify(
     compared = [
         one for number, batch in enumerate(batches) for one in _compare(file, model, batch, number, rtol)
     ]
+    if compared and all(difference.is_nan for difference in compared):
+        raise VerificationError(
+            f"{type(model).__name__} gives nothing but NaN on these inputs, so that {file.path} cannot be "
+            f"held against it."
+        )
     histogram: Counter[str] = Counter()
     for difference in compared:
         histogram.update(difference.decades)
@@ -195,7 +203,9 @@ class _File:
             if self.precision == "bf16":
                 self.run = reference.ReferenceEvaluator(str(path)).run
             else:
-                self.run = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run
+                options = onnxruntime.SessionOptions()
+                options.log_severity_level = 4  # what it logs on stderr is in its exceptions, too
+                self.run = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run
         except Exception as error:  # both libraries raise types of their own, directly under Exception
             raise VerificationError(f"{path} is not a valid ONNX model: {error}") from error
 
@@ -220,6 +230,7 @@ class _Difference(NamedTuple):
     relative: float
     limit: float
     decades: dict[str, int]
+    is_nan: bool  # everywhere, in both
 
 
 def _compare(
@@ -227,6 +238,12 @@ def _compare(
 ) -> Iterator[_Difference]:
     """The differences in the outputs for one batch; those above the limit are an error."""
     outputs, expected = file.outputs(batch, names_by_key(_unwrapped(model), batch)), _outputs(model, batch)
+    remedy = ""
+    if file.precision == "int8":
+        remedy = (
+            " int8 is right in the range of its calibration: compare on data like those, calibrate on more, "
+            "or give a larger rtol."
+        )
     if len(outputs) != len(expected):
         raise VerificationError(f"{file.path} has {len(outputs)} outputs, and the model has {len(expected)}.")
     for output, (got, want) in enumerate(zip(outputs, expected, strict=True)):
@@ -235,8 +252,10 @@ def _compare(
                 f"{file.path} gives an output of shape {got.shape}, and the model {tuple(want.shape)}."
             )
         computed, exact = got.astype(np.float64), array(want).astype(np.float64)
+        is_nan = np.isnan(exact)
+        same = (computed == exact) | (np.isnan(computed) & is_nan)  # of inf, too
         with np.errstate(invalid="ignore"):
-            errors = np.where(computed == exact, 0.0, np.abs(computed - exact))  # of inf, too
+            errors = np.where(same, 0.0, np.abs(computed - exact))
         size = float(np.abs(exact[np.isfinite(exact)]).max(initial=0.0))
         limit = _limit(want.dtype, file.precision) if rtol is None else rtol
         absolute = float(errors.max(initial=0.0))
@@ -248,9 +267,9 @@ def _compare(
         if not largest <= limit:
             raise VerificationError(
                 f"{file.path} disagrees with {type(model).__name__} on batch {number}, output {output}: max "
-                f"abs error {absolute:.3e}, max relative error {largest:.3e}, limit {limit:.3e}."
+                f"abs error {absolute:.3e}, max relative error {largest:.3e}, limit {limit:.3e}.{remedy}"
             )
-        yield _Difference(absolute, largest, limit, _decades(relative))
+        yield _Difference(absolute, largest, limit, _decades(relative), bool(is_nan.size and is_nan.all()))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -301,7 +320,8 @@ def _size_of_terms(model: nn.Module, batch: tuple[Any, ...], output: int) -> flo
             return torch.func.functional_call(model, at, inputs)
 
         there = [_outputs(run, pytree.tree_map(moved, batch))[output].double() for _ in range(8)]
-        return max(float((t - here).abs().max()) for t in there) / step
+        moves = [(t - here).abs() for t in there]
+        return max(float(move.where(move.isfinite(), 0).max()) for move in moves) / step
 
     size, nearer = size_by(step), size_by(step / 16)
     return min(size, nearer) if nearer <= 2 * size else 0.0

@@ -6,9 +6,10 @@ import re
 import tempfile
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,19 @@ from specnorm_fx.onnx.batches import Axes, array, as_dims
 from specnorm_fx.onnx.extra import require
 from specnorm_fx.onnx.precision import PRECISIONS, convert_, converted, opset_for, quantize, round_folded_
 
-__all__ = ["append_metadata", "write"]
+__all__ = ["Written", "append_metadata", "write"]
+
+
+class Written(NamedTuple):
+    """What `write` has made of a model.
+
+    Attributes:
+        opset: The opset.
+        folded: Parameters that the exporter has multiplied with the scales of a batch norm after them.
+    """
+
+    opset: int
+    folded: list[str]
 
 
 def write(
@@ -35,7 +48,7 @@ def write(
     dynamic_shapes: Any = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
-) -> int:
+) -> Written:
     """Write a file that nothing has checked yet.
 
     Args:
@@ -52,11 +65,12 @@ def write(
         output_names: As there.
 
     Returns:
-        The opset.
+        The opset, and what is not as in the model.
 
     Raises:
-        ValueError: The exporter cannot write this opset; the model fixes a dimension of ``free``; or it does
-            not run on ``calibration``.
+        ValueError: The exporter cannot write this opset; the model fixes a dimension of ``free``, or does
+            not run on ``calibration``; there are more ``output_names`` than outputs; or a name stands for
+            two tensors.
         RuntimeError: The exporter fails.
     """
     opset_version = opset_for(precision, opset_version)
@@ -86,10 +100,12 @@ def write(
             f"{type(model).__name__} cannot be written by the exporter of torch {torch.__version__}: {why}"
         ) from error
     _refuse_changed(program.model, free, opset_version, dynamic_shapes)
+    folded = _folded(program.model, model)
     if precision == "bf16":
         round_folded_(program.model)
     _name_dimensions_(program.model, free)
     _name_initializers_(program.model, model)
+    _name_outputs_(program.model, output_names or ())
     _drop_stack_traces_(program.model)
     if precision != "int8":
         program.save(written, external_data=external_data)
@@ -98,7 +114,7 @@ def write(
             written_whole = Path(folder, written.name)
             program.save(written_whole, external_data=external_data)
             quantize(written_whole, written, calibration, external_data)
-    return int(program.model.opset_imports[""])
+    return Written(int(program.model.opset_imports[""]), folded)
 
 
 def append_metadata(written: Path, metadata: Mapping[str, str]) -> None:
@@ -170,6 +186,35 @@ def _name_initializers_(model: Any, frozen: fx.GraphModule) -> None:
                 value.name = name
                 del missing[name]
                 break
+
+
+def _folded(model: Any, frozen: fx.GraphModule) -> list[str]:
+    """Initializers under the names of parameters that are no longer theirs."""
+    stored = model.graph.initializers
+    return [
+        name
+        for name, parameter in frozen.named_parameters()
+        if name in stored and not np.array_equal(stored[name].const_value.numpy(), array(parameter))
+    ]
+
+
+def _name_outputs_(model: Any, output_names: Sequence[str]) -> None:
+    """Have no name stand for two tensors, in place: the exporter names an output that is an input so."""
+    if len(output_names) > len(model.graph.outputs):
+        raise ValueError(
+            f"output_names must name {len(model.graph.outputs)} outputs at most, got "
+            f"{', '.join(output_names)}."
+        )
+    given = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    for value in model.graph.outputs[len(output_names) :]:
+        if value.name in given and not value.is_graph_input():
+            value.name = f"{value.name}_output"
+    computed = [value.name for node in model.graph for value in node.outputs]
+    named = Counter([*(value.name for value in model.graph.inputs), *model.graph.initializers, *computed])
+    if twice := [name for name, count in named.items() if name and count > 1]:
+        raise ValueError(
+            f"input_names and output_names must be none of the names in the graph, got {', '.join(twice)}."
+        )
 
 
 def _drop_stack_traces_(model: Any) -> None:
