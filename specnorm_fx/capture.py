@@ -12,6 +12,7 @@ import itertools
 import linecache
 import operator
 import random
+import sys
 import threading
 import traceback
 import warnings
@@ -164,7 +165,6 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """As fx does."""
         self._precisions = 0  # regions of autocast around what runs
-        self._has_gradients = torch.is_grad_enabled()
         self._without_gradient: set[fx.Node] = set()
         with self._counted_precisions(), _plain_checkpoints(), _NothingDrawn():
             return super().trace(root, concrete_args)
@@ -181,7 +181,7 @@ class Tracer(fx.Tracer):
             is_free = node.op in ("call_function", "call_method") and (of_free or target in _WITHOUT_GRADIENT)
         if is_free:
             self._without_gradient.add(node)
-        elif self._has_gradients and not torch.is_grad_enabled():
+        elif not torch.is_grad_enabled():
             raise TraceError("a graph does not keep what is inside torch.no_grad or torch.inference_mode")
         if self._precisions and node.op != "get_attr":
             raise TraceError("a graph does not keep what is inside torch.autocast")
@@ -224,26 +224,36 @@ class _NothingDrawn(TorchFunctionMode):
     """Random numbers that are drawn while a trace runs would be the same in every forward."""
 
     def __enter__(self) -> Any:
-        self._python = random.getstate()
+        self._others = _other_generators()
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = _generators()
+        own = (kwargs or {}).get("generator")
+        before = _generators(own)
         result = func(*args, **(kwargs or {}))
-        if not all(map(torch.equal, before, _generators())):
+        if not all(map(torch.equal, before, _generators(own))):
             raise TraceError("a trace would fix the random numbers that are drawn here")
         return result
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        if exception[0] is None and random.getstate() != self._python:
-            raise TraceError("a trace would fix what the forward draws from Python's random")
+        if exception[0] is None and _other_generators() != self._others:
+            raise TraceError("a trace would fix what the forward draws from Python's or NumPy's random")
 
 
-def _generators() -> list[Tensor]:
-    """The states of torch's own."""
+def _generators(own: torch.Generator | None) -> list[Tensor]:
+    """The states of torch's, and of the model's own."""
     on_cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *on_cuda]
+    return [torch.get_rng_state(), *on_cuda, *([] if own is None else [own.get_state()])]
+
+
+def _other_generators() -> list[Any]:
+    """The states of Python's, and of NumPy's where it is there."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return [random.getstate()]
+    _, keys, *position = numpy.random.get_state()
+    return [random.getstate(), keys.tobytes(), position]
 
 
 def _plain_checkpoints() -> Any:

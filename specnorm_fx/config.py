@@ -71,10 +71,14 @@ class SpectralNormConfig:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "SpectralNormConfig":
-        """The configuration for keyword options; an unknown one is a TypeError naming its nearest.
+        """The configuration for keyword options.
 
         Args:
             options: Field names and values.
+
+        Raises:
+            TypeError: An option is unknown; the message names the nearest one.
+            ValueError: A value is out of range.
         """
         names = [field.name for field in fields(cls)]
         for option in options:
@@ -155,11 +159,22 @@ class Selection:
             self.rules = [Rule(_checked(select), default)]
 
     def rule_for(self, weight: Selectable) -> Rule | None:
-        """The first rule that matches the weight, or None."""
+        """The first rule that matches the weight, or None.
+
+        Args:
+            weight: One of a model.
+        """
         return next((rule for rule in self.rules if rule.matches(weight)), None)
 
     def require_matches(self, weights: Sequence[Selectable]) -> None:
-        """Raise a ValueError with near names for the first rule that matches no weight at all."""
+        """See that every rule matches a weight.
+
+        Args:
+            weights: All of a model.
+
+        Raises:
+            ValueError: One matches none; the message has near names.
+        """
         for rule in self.rules:
             if any(rule.matches(weight) for weight in weights):
                 continue
@@ -177,11 +192,14 @@ class Selection:
             )
 
     def require_reached(self, weights: Sequence[Selectable], hidden: Mapping[str, str]) -> None:
-        """Raise a ValueError for the first rule all of whose weights are hidden from the graph.
+        """See that every rule matches a weight that the graph reaches.
 
         Args:
             weights: As in `require_matches`.
             hidden: Why, by first name, for each weight to normalise that the graph does not reach.
+
+        Raises:
+            ValueError: One does not.
         """
         for rule in self.rules:
             matched = [weight.names[0] for weight in weights if self.rule_for(weight) is rule]

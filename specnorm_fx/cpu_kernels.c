@@ -34,6 +34,8 @@ const int INTERFACE = 2;
 /* Partial sums of a matrix: as many as threads that can work on it at once; each costs a row. */
 #define MOST_PARTS 16
 #define FEWEST_ROWS 32
+/* Rows that go into one partial sum, four at once. */
+#define MOST_ROWS 1024
 /* Products that go into one sum of a row, before it is added to the others: with few vector lanes (SSE2, NEON)
    the error would else be larger than torch's. */
 #define ONE_SUM 2048
@@ -71,7 +73,7 @@ static int64_t parts(int64_t total, int64_t step) { return (total + step - 1) / 
 /* Rows of a block of the pass by rows. */
 static int64_t row_step(const site *s) {
     int64_t count = at_most(parts(size_of(s), BLOCK), at_most(MOST_PARTS, at_least(s->rows / FEWEST_ROWS, 1)));
-    return parts(s->rows, count);
+    return at_most(parts(s->rows, count), MOST_ROWS);
 }
 
 /* Columns of a block of the pass by columns: of one group, or whole groups. */
@@ -202,10 +204,13 @@ VECTORISED static void NAME(pass_by_columns)(const site *s, const REAL *weight, 
         }
         for (int64_t r = 0; r < s->rows; r++) {
             const REAL *w0 = wg + r * s->row_stride;
-            REAL z0 = 0;
+            for (int64_t from = first; from < last; from += ONE_SUM) {
+                const int64_t to = at_most(from + ONE_SUM, last);
+                REAL z0 = 0;
 #pragma omp simd reduction(+ : z0)
-            for (int64_t b = first; b < last; b++) z0 += w0[b] * yg[b];
-            z[r] += z0;
+                for (int64_t b = from; b < to; b++) z0 += w0[b] * yg[b];
+                z[r] += z0;
+            }
         }
     }
 }
@@ -320,6 +325,7 @@ static int NAME(finish_pass)(const site *s, const tensors *t, NAME(work) *work, 
                     column_length < LONGEST && isfinite(*sigma);
         if (!plain) return 0;
         if (s->iterations < 0) row_length = column_length = 1;
+        else if (!(row_length > s->eps) || !(column_length > s->eps)) return 0;
         *sigma /= row_length * column_length;
         NAME(divide)(t->row_vector, (REAL)row_length, t->new_row_vector, rows);
         NAME(divide)(t->column_vector, (REAL)column_length, t->new_column_vector, columns);

@@ -62,8 +62,8 @@ def _library() -> Any:
         return None
     try:
         interface = ctypes.c_int.in_dll(library, "INTERFACE").value
-    except ValueError:
-        interface = 1
+    except ValueError:  # of the first version
+        return None
     return library if interface == INTERFACE else None  # else left by another version, and not built anew
 
 
@@ -191,7 +191,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     plan, weights = _planned(weights, dims, orders, n_power_iterations, eps, [False] * len(weights))
     dtype = weights[0].dtype
-    stored = memory.contiguous_vectors((*us, *vs), dtype, plan.sizes)
+    stored = memory.contiguous_vectors((*us, *vs), weights[0], dtype, plan.sizes)
     vectors = stored[0].new_empty(plan.size)
     sigmas = stored[0].new_empty(len(weights), dtype=torch.float64)
     results = [torch.empty_like(weight) for weight in weights] if divides else []
@@ -229,6 +229,8 @@ class _Plan:
     """
 
     def __init__(self, weights: Sequence[tuple[Any, ...]]) -> None:
+        if any(0 in shape for shape, *_ in weights):
+            raise ValueError("A weight without elements has no sigma.")
         layouts = [_layout(*weight) for weight in weights]
         self.sites = (_Site * len(layouts))(*[site for site, _ in layouts])
         self.turned = [site.channels > 0 for site in self.sites]
@@ -259,7 +261,7 @@ def _planned(
     plan = _plan(*[tuple(column) for column in columns])
     if plan.is_dense:
         return plan, weights
-    return _planned([weight.contiguous() for weight in weights], dims, orders, n, eps, contiguous)
+    return _planned([memory.dense(weight) for weight in weights], dims, orders, n, eps, contiguous)
 
 
 @functools.lru_cache(maxsize=256)

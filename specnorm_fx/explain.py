@@ -62,7 +62,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Capture a call of a model as ``torch.compile(model, backend="specnorm")`` would, and say what is fused.
 
     The model runs once, in the mode it is in, as captured but not compiled. Buffers (u, v, batch statistics)
-    and random number generators are put back afterwards. Compiled code of the process is dropped, as
+    and torch's random number generators are put back afterwards. Compiled code of the process is dropped, as
     ``torch._dynamo.explain`` does.
 
     Args:

@@ -14,7 +14,6 @@ from specnorm_fx.graph_module import (
     is_parameter,
     owner_of,
     resolve,
-    spectral_norm_node,
 )
 from specnorm_fx.passes import unroute_
 
@@ -40,10 +39,10 @@ def freeze(model: nn.Module) -> fx.GraphModule:
         RuntimeError: It is in training mode, already frozen, or keeps torch's own spectral norm on a weight.
     """
     gm = resolve(model)
-    call = spectral_norm_node(gm)
+    call = gm.call()
     if call is None:
         raise RuntimeError(f"{type(gm).__name__} is frozen already: it has no spectral norm left.")
-    spectral_norm = gm.get_submodule(str(call.target))
+    spectral_norm, *_ = call
     if gm.training or spectral_norm.training:
         raise RuntimeError(
             f"{type(gm).__name__} is in training mode, where sigma still moves with every forward: call "
@@ -63,8 +62,7 @@ def freeze(model: nn.Module) -> fx.GraphModule:
             )
     frozen = _whole_copy(gm)
     sites = frozen.sites()
-    columns = ([getattr(site, name) for site in sites] for name in ("weight", "u", "v"))
-    normalized = spectral_norm(*columns)
+    normalized = spectral_norm([x.weight for x in sites], [x.u for x in sites], [x.v for x in sites])
 
     unroute_(frozen)
     for site, weight in zip(sites, normalized, strict=True):

@@ -152,7 +152,11 @@ class SpectralNormGraphModule(fx.GraphModule):
         return self
 
     def recompile(self) -> Any:
-        """As in ``fx.GraphModule``, after an edit of the graph."""
+        """As in ``fx.GraphModule``, after an edit of the graph.
+
+        Raises:
+            ValueError: The edit put an operation between a stored weight, u or v and the `SpectralNorm` call.
+        """
         code = super().recompile()
         # Written down, because Dynamo does not look into a graph, and update_ is to be compiled.
         node = spectral_norm_node(self)
@@ -285,7 +289,7 @@ _OWN_NAMES = {name for kind in SpectralNormGraphModule.__mro__ for name in vars(
 
 
 def _rebuild(
-    body: dict[str, Any], imports: str, class_name: str, hooks: Mapping[int, Callable[..., Any]] = {}
+    body: dict[str, Any], imports: str, class_name: str, hooks: Mapping[int, Callable[..., Any]]
 ) -> SpectralNormGraphModule:
     """Unpickle: GraphModule stores code and traces it again, but drops what the graph does not use."""
     root = nn.Module()

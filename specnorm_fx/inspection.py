@@ -4,6 +4,7 @@
 picture and a page.
 """
 
+import copy
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from specnorm_fx import capture, reference, sharded
 from specnorm_fx.adopt import find_torch_sn
 from specnorm_fx.checkpoint import find_weights
-from specnorm_fx.graph_module import SpectralNormGraphModule, sites_of
+from specnorm_fx.graph_module import SpectralNormGraphModule, owner_of, sites_of, transformed
 from specnorm_fx.load import read_checkpoint
 from specnorm_fx.onnx import weights_of
 from specnorm_fx.passes import transform
@@ -79,6 +80,13 @@ def inspect_model(model: nn.Module) -> Inspection:
         dim = 1 if issubclass(weight.kind, capture.TRANSPOSED) else 0
         parameter = stored.get(id(weight.parameter), weight.parameter)
         rows.append(_row(fqn, sharded.full(parameter.detach()), dim, "skipped", why))
+    shown = {row.fqn for row in rows}
+    for prefix, gm in transformed(model).items():
+        for fqn, why in capture.computed_weights(gm).items():
+            if prefix + fqn not in shown:
+                owner, _ = owner_of(gm, fqn)
+                dim = 1 if isinstance(owner, capture.TRANSPOSED) else 0
+                rows.append(_row(prefix + fqn, _computed(owner), dim, "skipped", why))
     return Inspection(named, tuple(rows), {})
 
 
@@ -150,6 +158,15 @@ def inspect_onnx(path: str | os.PathLike[str]) -> Inspection:
     shown = ("specnorm_fx.sigmas", "specnorm_fx.folded")
     notes = {name: value for name, value in metadata.items() if name not in shown}
     return Inspection(os.path.basename(path), tuple(rows), notes)
+
+
+def _computed(layer: nn.Module) -> Tensor:
+    """The weight that a layer computes, without a step of what may move as it does."""
+    if not nn.utils.parametrize.is_parametrized(layer, "weight"):
+        stored: Tensor = vars(layer)["weight"].detach()
+        return stored
+    weight: Tensor = copy.deepcopy(layer).eval().weight  # type: ignore[assignment]
+    return weight
 
 
 def _with_zeros(model: nn.Module) -> tuple[nn.Module, dict[int, Tensor]]:

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["contiguous_vectors", "is_dense"]
+__all__ = ["contiguous_vectors", "dense", "is_dense"]
 
 
-def contiguous_vectors(vectors: Sequence[Tensor], dtype: torch.dtype, sizes: tuple[int, ...]) -> list[Tensor]:
+def contiguous_vectors(
+    vectors: Sequence[Tensor], like: Tensor, dtype: torch.dtype, sizes: tuple[int, ...]
+) -> list[Tensor]:
     """The u and v as kernels read them.
 
     Args:
         vectors: Of any dtype: a model that was turned to half precision may have them in it.
+        like: A weight, on the device where they are to be.
         dtype: What they are to have.
         sizes: Elements that the weights need of each.
 
@@ -22,11 +25,27 @@ def contiguous_vectors(vectors: Sequence[Tensor], dtype: torch.dtype, sizes: tup
 
     Raises:
         ValueError: One has another number of elements.
+        RuntimeError: One is on another device.
     """
+    devices = {x.device for x in vectors}
+    if devices != {like.device}:
+        others = ", ".join(sorted(str(device) for device in devices - {like.device}))
+        raise RuntimeError(f"u and v must be on the device of their weights, {like.device}, got {others}.")
     stored = [x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous() for x in vectors]
     if (given := tuple([x.numel() for x in stored])) != sizes:
         raise ValueError(f"u and v have {given} elements and need {sizes}.")
     return stored
+
+
+def dense(weight: Tensor) -> Tensor:
+    """The weight, or a copy without gaps, its dimensions in the same order, as operators promise it.
+
+    Args:
+        weight: Any strides.
+    """
+    if weight.is_contiguous() or is_dense(weight.shape, weight.stride()):
+        return weight
+    return torch.empty_like(weight).copy_(weight)
 
 
 @functools.lru_cache(maxsize=4096)

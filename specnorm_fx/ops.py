@@ -18,7 +18,7 @@ costs the same to compile for any number of iterations and of layers.
 
 On the CPU they run `specnorm_fx.cpu_kernels`, on CUDA `specnorm_fx.triton_kernels` where Triton is
 installed, and elsewhere `specnorm_fx.reference`, weight by weight: on ROCm, too, where nobody has tried the
-kernels. All three take and give the same.
+kernels. All three take and give the same, but for a sigma not above eps, which CUDA gives as 0.
 """
 
 import functools
@@ -107,9 +107,10 @@ def _cuda_kernels() -> ModuleType | None:
 def _kernels(weights: Sequence[Tensor]) -> ModuleType | None:
     """The module that has the three kernels for some weights, or None: go by the reference."""
     first = weights[0]
-    dtype = first.dtype
+    dtype, device = first.dtype, first.device
     for weight in weights:
-        if weight.dtype != dtype:  # fp32 and half have one compute dtype, but a kernel reads one dtype
+        # fp32 and half have one compute dtype, but a kernel reads one dtype; and one memory.
+        if weight.dtype != dtype or weight.device != device:
             return None
     if first.is_cpu:
         return cpu_kernels if dtype in cpu_kernels.DTYPES and cpu_kernels.available() else None
@@ -511,9 +512,8 @@ def _each_its_own(operator: Callable[..., Any], info: Any, in_dims: Any, *lists:
 # (weights, us, vs, n_power_iterations, eps, dims, orders) -> (vectors, sigmas, normalized). `vectors` is one
 # fresh tensor of the compute dtype with the new u and v of each weight in turn; `sigmas` are u^T W v of
 # these, [L] in float64 (the CUDA kernels: 0 where |sigma| <= eps); `normalized` are W / sigma, or W where
-# |sigma| <= eps. Only they carry gradient,
-# to the weights. With once=True a power iteration within a backward pass is an error: `refuse_recompute`.
-# Dynamo keeps it as one call; below, it is the two that follow.
+# |sigma| <= eps. Only they carry gradient, to the weights. With once=True a power iteration within a backward
+# pass is an error: `refuse_recompute`. Dynamo keeps it as one call; below, it is the two that follow.
 normalize = _define(
     "normalize",
     f"({ARGUMENTS}, bool once=False) -> (Tensor, Tensor, Tensor[])",

@@ -146,13 +146,39 @@ class SpectralNormPass(PassBase):
         self.selection = None if select is None else Selection(select, self.default)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Run the pass; see the class. Raises what `transform` raises."""
+        """Run the pass; see the class.
+
+        Args:
+            graph_module: Any GraphModule; it is not changed.
+
+        Returns:
+            The result, and whether it is another module than ``graph_module``.
+
+        Raises:
+            TypeError: See `transform`.
+            ValueError: See `transform`.
+            IndexError: See `transform`.
+        """
         return self.rewrite(graph_module)
 
     def rewrite(
         self, model: nn.Module, trace: Callable[[nn.Module], fx.Graph] = capture.symbolic_trace
     ) -> PassResult:
-        """As `call`, for a model that has not been traced yet as well: ``trace`` makes its graph."""
+        """As `call`, for a model that has not been traced yet as well.
+
+        Args:
+            model: Any module; it is not changed.
+            trace: Makes the graph of one that has none.
+
+        Returns:
+            As `call`.
+
+        Raises:
+            TypeError: See `transform`.
+            ValueError: See `transform`.
+            IndexError: See `transform`.
+            TraceError: See `transform`.
+        """
         # 1. A copy of the structure that shares the tensors: whatever fails below, `model` is whole.
         root = capture.share(model)
         _log_lost_methods(model)
@@ -168,7 +194,8 @@ class SpectralNormPass(PassBase):
             tidy_(graph, root)
             read_stripped_(graph, adopted.values())
         else:
-            graph = trace(root)
+            with torch.enable_grad():  # as training runs it, so that a region without gradients shows
+                graph = trace(root)
         weights = capture.find_weights(root, graph)
 
         # 4. Those to normalise that are not normalised yet.

@@ -337,11 +337,8 @@ def normalized_backward(grad: Tensor, weight: Tensor, u: Tensor, v: Tensor, eps:
     """
     weight_mat, grad_mat = weight_matrix(weight, dim), weight_matrix(grad, dim)
     value = sigma(weight_mat, u, v)
-    normal = value.abs() > eps
-    divisor = torch.where(normal, value, 1)
-    inner = torch.where(normal, (grad_mat * weight_mat).sum() / divisor, 0)
-    result = (grad_mat - inner * torch.outer(u, v)) / divisor
-    return _as_weight(result, weight, dim)
+    normalized_mat = weight_mat / torch.where(value.abs() > eps, value, 1)
+    return _as_weight(_gradient(grad_mat, normalized_mat, u, v, value, eps), weight, dim)
 
 
 def gradient(
@@ -362,10 +359,15 @@ def gradient(
         ``(G - <G, W / sigma> u v^T) / sigma``, shape and dtype of the weight.
     """
     grad_mat, normalized_mat = weight_matrix(grad, dim), weight_matrix(normalized, dim)
+    return _as_weight(_gradient(grad_mat, normalized_mat, u, v, sigma, eps), normalized, dim)
+
+
+def _gradient(
+    grad_mat: Tensor, normalized_mat: Tensor, u: Tensor, v: Tensor, sigma: Tensor, eps: float
+) -> Tensor:
     normal = sigma.abs() > eps
     inner = torch.where(normal, (grad_mat * normalized_mat).sum(), 0)
-    result = (grad_mat - inner * torch.outer(u, v)) / torch.where(normal, sigma, 1).to(u.dtype)
-    return _as_weight(result, normalized, dim)
+    return (grad_mat - inner * torch.outer(u, v)) / torch.where(normal, sigma, 1).to(u.dtype)
 
 
 def _as_weight(weight_mat: Tensor, weight: Tensor, dim: int) -> Tensor:

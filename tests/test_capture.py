@@ -4,6 +4,7 @@ import contextlib
 import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -199,10 +200,10 @@ class Region(nn.Module):
     [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", enabled=False)],
     ids=["no_grad", "inference_mode", "autocast"],
 )
-def test_regions_that_a_graph_does_not_keep(region):
-    with pytest.raises(
-        TraceError, match=r"does not keep what is inside torch\.(no_grad|autocast)(.|\n)*self.features"
-    ):
+@pytest.mark.parametrize("around", [contextlib.nullcontext, torch.no_grad])
+def test_regions_that_a_graph_does_not_keep(region, around):
+    message = r"does not keep what is inside torch\.(no_grad|autocast)(.|\n)*self.features"
+    with around(), pytest.raises(TraceError, match=message):
         transform(Region(region))
     assert transform(Region(contextlib.nullcontext)).sites()
 
@@ -246,9 +247,11 @@ def test_a_method_of_the_model_as_a_hook():
         transform(model)
 
 
-def test_export_keeps_them():
+@pytest.mark.parametrize("around", [contextlib.nullcontext, torch.no_grad])
+def test_export_keeps_them(around):
     x = torch.randn(2, 4)
-    gm = transform(Region(torch.no_grad), example_inputs=x)
+    with around():
+        gm = transform(Region(torch.no_grad), example_inputs=x)
     gm(x).sum().backward()
     assert gm.features.weight.grad is None
     assert gm.head.weight.grad is not None
@@ -273,6 +276,9 @@ def test_other_threads_may_enter_regions_meanwhile():
     assert seen[-1]
 
 
+GENERATOR = torch.Generator()
+
+
 class Noisy(nn.Module):
     def __init__(self, draw):
         super().__init__()
@@ -290,6 +296,8 @@ class Noisy(nn.Module):
         lambda: torch.empty(4).uniform_(),
         lambda: 1.0 if torch.rand(()) < 0.5 else 2.0,
         lambda: random.random(),
+        lambda: np.random.rand(),
+        lambda: torch.randn(4, generator=GENERATOR),
     ],
 )
 def test_random_numbers_that_a_trace_would_fix(draw):

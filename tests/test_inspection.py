@@ -74,6 +74,19 @@ def test_what_is_normalised_would_be_or_is_skipped():
     assert found.sigma == pytest.approx((u @ theirs.fc.parametrizations.weight.original @ v).item(), rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_a_weight_that_a_layer_computes():
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    model = nn.Sequential(nn.Linear(2, 3), normed, nn.utils.weight_norm(nn.ConvTranspose2d(4, 5, 2)))
+    for given in (model[:2], transform(model, "0")):
+        row = by_name(inspect_model(given))["1.weight"]
+        assert (row.status, row.why[:30]) == ("skipped", "computed from other parameters")
+        assert row.exact == pytest.approx(torch.linalg.matrix_norm(normed.weight, 2).item(), rel=1e-5)
+    row = by_name(inspect_model(transform(model, "0")))["2.weight"]
+    weight_mat = model[2].weight.transpose(0, 1).flatten(1)
+    assert row.exact == pytest.approx(torch.linalg.matrix_norm(weight_mat, 2).item(), rel=1e-5)
+
+
 def test_inspecting_draws_no_random_numbers():
     model, state = nn.Linear(3, 2), torch.get_rng_state()
     inspect_model(model)

@@ -121,7 +121,7 @@ def test_plain_checkpoint(caplog, select):
             weight = trained.get_parameter(fqn)
             matrix = weight.transpose(0, 1) if fqn == "up.weight" else weight
             weight /= torch.linalg.matrix_norm(matrix.flatten(1), 2)
-    # sigma has converged to 1e-6 a step: see CONVERGENCE_TOLERANCE.
+    # Up to where sigma rests: see CONVERGENCE_TOLERANCE.
     assert_same_outputs(loaded, trained, 1e-4)
 
 

@@ -22,11 +22,11 @@ def test_is_dense(shape, stride, dense):
 
 def test_vectors_are_read_where_they_lie_or_copied():
     u, v = torch.randn(3), torch.randn(8)[::2]
-    kept, copied = memory.contiguous_vectors([u, v], torch.float32, (3, 4))
+    kept, copied = memory.contiguous_vectors([u, v], u, torch.float32, (3, 4))
     assert kept is u
     assert copied.is_contiguous()
     assert torch.equal(copied, v)
-    (turned,) = memory.contiguous_vectors([u.bfloat16()], torch.float32, (3,))
+    (turned,) = memory.contiguous_vectors([u.bfloat16()], u, torch.float32, (3,))
     assert torch.equal(turned, u.bfloat16().float())
     with pytest.raises(ValueError, match=r"have \(3, 4\) elements and need \(3, 5\)"):
-        memory.contiguous_vectors([u, v], torch.float32, (3, 5))
+        memory.contiguous_vectors([u, v], u, torch.float32, (3, 5))

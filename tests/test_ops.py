@@ -41,6 +41,22 @@ def test_opcheck(name, dtype):
     torch.library.opcheck(operator(name), arguments(dtype))
 
 
+def test_opcheck_of_weights_with_gaps():
+    """Of which the copy without gaps has its dimensions in the order that is promised."""
+    weights, *others = arguments()
+    turned = [torch.randn(12, 8, dtype=torch.float64).t()[::2, ::2], torch.randn(2, 3, 10).double()]
+    weights = [turned[0], turned[1].permute(1, 2, 0)[:, ::2], weights[2]]
+    assert [tuple(w.shape) for w in weights] == [(4, 6), (3, 5, 2), (4, 4)]
+    torch.library.opcheck(operator("normalize_forward"), (weights, *others))
+
+
+def test_devices_that_differ_are_torchs_own_error():
+    weights, us, vs, *options = arguments(torch.float32)
+    weights[1] = weights[1].to("meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        ops.normalize(weights, us, vs, *options)
+
+
 def test_opcheck_of_the_gradient():
     weights, us, vs, n, eps, dims, orders = arguments()
     vectors, sigmas, normalized = ops.normalize(weights, us, vs, n, eps, dims, orders)
@@ -138,7 +154,7 @@ def test_a_model_of_several_dtypes(implementation):
 
 def on(device, dtype=torch.float32):
     """As much of a weight as the choice of kernels looks at: there may be no such device."""
-    return SimpleNamespace(is_cpu=device == "cpu", is_cuda=device == "cuda", dtype=dtype)
+    return SimpleNamespace(device=device, is_cpu=device == "cpu", is_cuda=device == "cuda", dtype=dtype)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

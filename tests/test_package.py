@@ -33,6 +33,14 @@ def test_import_needs_torch_alone():
     assert "onnx" in with_onnx
 
 
+def test_the_command_says_that_it_needs_numpy():
+    code = "import sys; sys.modules['numpy'] = None; from specnorm_fx.__main__ import main; sys.exit(main())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    # After what torch says about NumPy.
+    assert run.stderr.endswith("specnorm-fx: error: it needs NumPy: pip install 'specnorm-fx[onnx]'.\n")
+
+
 def test_public_names():
     assert specnorm_fx.__all__ == sorted(specnorm_fx.__all__)
     assert set(specnorm_fx.__all__) == {

@@ -2,11 +2,14 @@
 
 import contextlib
 import copy
+import gc
 import importlib
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -372,6 +375,28 @@ def test_tables_are_kept_for_good_and_made_on_another_thread(kernels, monkeypatc
     assert threading.get_ident() not in threads
     for plan in (kernels.tables.forward_plan, kernels.tables.backward_plan):
         assert plan.cache_info().maxsize is None
+
+
+def test_tables_of_two_threads_at_once_are_both_kept(monkeypatch):
+    """A cache keeps what the second has made, and the first goes on to launch kernels with its own."""
+    tables = importlib.import_module("specnorm_fx.triton_kernels.tables")
+    both, make_plan = threading.Barrier(2, timeout=60), tables._Table
+
+    def at_once():
+        both.wait()
+        return make_plan()
+
+    monkeypatch.setattr(tables, "_Table", at_once)
+    site = (((3, 41),), ((41, 1),), (0,), (1,), ("uv",), (1e-12,))  # of no other test
+    with ThreadPoolExecutor(2) as threads:
+        calls = [
+            threads.submit(tables.forward_plan, torch.device("cpu"), torch.float32, True, *site) for _ in "ab"
+        ]
+        made = [weakref.ref(call.result().chunks[0].table) for call in calls]
+    del calls
+    gc.collect()
+    assert made[0]() is not made[1]()
+    assert all(table() is not None for table in made)
 
 
 def test_tables_are_built_once(kernels, monkeypatch):

@@ -224,8 +224,8 @@ def _forward(
     device, dtype, compute = weights[0].device, weights[0].dtype, reference.compute_dtype(weights[0])
     plan = forward_plan(device, dtype, divide, *_geometry(weights), *map(tuple, options))
     if not plan.is_dense:
-        return _forward([*map(_dense, weights)], us, vs, n_power_iterations, eps, dims, orders, divide)
-    stored = memory.contiguous_vectors((*us, *vs), compute, plan.sizes)
+        return _forward([*map(memory.dense, weights)], us, vs, n_power_iterations, eps, dims, orders, divide)
+    stored = memory.contiguous_vectors((*us, *vs), weights[0], compute, plan.sizes)
     vectors = torch.empty(plan.size, dtype=compute, device=device)
     sigmas = torch.empty(len(weights), dtype=torch.float64, device=device)
     # Without division nothing is written there, so any address will do.
@@ -279,7 +279,7 @@ def normalize_backward(
     grad_strides = tuple([None if g is None else g.stride() for g in grads])
     plan = backward_plan(device, dtype, *_geometry(normalized), tuple(dims), grad_strides)
     if not plan.is_dense:
-        dense = [*map(_dense, normalized)]
+        dense = [*map(memory.dense, normalized)]
         return normalize_backward(grads, dense, vectors, sigmas, eps, dims, contiguous)
     read, sources = normalized, grads
     if plan.copied or plan.relaid:
@@ -322,10 +322,3 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     # Triton launches on the current device, which need not be that of the weights.
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _dense(weight: Tensor) -> Tensor:
-    """The weight, or a copy without gaps."""
-    if weight.is_contiguous() or memory.is_dense(weight.shape, weight.stride()):
-        return weight
-    return weight.contiguous()

@@ -123,7 +123,10 @@ def forward_plan(
     """
     if not all(map(memory.is_dense, shapes, strides)):
         return Plan(is_dense=False)
-    weights = [*map(Weight, shapes, strides, dims, n_power_iterations, orders, eps)]
+    if any(0 in shape for shape in shapes):
+        raise ValueError("A weight without elements has no sigma.")
+    columns = (shapes, strides, dims, n_power_iterations, orders, eps)
+    weights = [Weight(*site) for site in zip(*columns, strict=True)]
     many, itemsize = len(weights), dtype.itemsize
     us, vs = _vector_starts(weights)
     copied = frozenset(i for i, weight in enumerate(weights) if weight.axes() is None)
@@ -308,7 +311,14 @@ def _kept(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor
     return, so every stream may read it.
     """
     with ThreadPoolExecutor(1) as own_thread:
-        return own_thread.submit(torch.tensor, values, dtype=dtype, device=device).result()
+        kept = own_thread.submit(torch.tensor, values, dtype=dtype, device=device).result()
+    # Not left to the caches of the plans: of two threads that fill one at once the second throws out what the
+    # first goes on to launch kernels with.
+    _all_kept.append(kept)
+    return kept
+
+
+_all_kept: list[Tensor] = []
 
 
 def _ceil(a: int, b: int) -> int:
