@@ -64,10 +64,9 @@ def test_found_by_name():
     assert "specnorm" in torch._dynamo.list_backends()
 
 
-@APIS
-def test_training_by_inductor_in_float32(sn):
+def test_training_by_inductor_in_float32():
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
-    model = apply_torch_sn(layers, ("0.weight", "2.weight"), sn)
+    model = apply_torch_sn(layers, ("0.weight", "2.weight"), torch_sn)
     eager = copy.deepcopy(model)
     keys = [*model.state_dict()]
     batches = torch.randn(3, 2, 2, 3, 8, 8).unbind()

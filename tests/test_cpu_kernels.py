@@ -376,8 +376,8 @@ def test_long_sums(shape, order):
         for k, method in enumerate((by_kernel, by_reference)):
             for i, (a, c) in enumerate(zip(method(*arguments)[:3], want, strict=True)):
                 errors[k, i] += distance(a, c, weight, False) / draws
-    # Each value is rounded twice, when a sum is divided by a length that is rounded. Of so few draws chance is
-    # a part; one sum after the other over all rows was off by four to ten times as much.
+    # Each value is rounded twice, when a sum is divided by a length that is rounded. Of so few draws chance
+    # is a part; one sum after the other over all rows was off by four to ten times as much.
     assert (errors[0] <= (1.5 * errors[1]).clamp(min=torch.finfo(torch.float32).eps)).all(), errors
 
 

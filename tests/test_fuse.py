@@ -98,15 +98,23 @@ def with_sn(case, sn, **options):
 # --- The same numbers ---
 
 
+# Bias, padding and the shape of the input are nothing to what makes W / sigma.
+KINDS = [
+    case
+    for case in LAYERS
+    if not case.name.endswith(("no_bias", "input", "same", "depthwise", "reflect", "replicate", "circular"))
+]
+
+
 @pytest.mark.parametrize(
     ("case", "sn", "options"),
     [
         pytest.param(case, sn, options, id=f"{case.name}-{name}")
         for name, cases, sn, options in (
-            ("parametrization", LAYERS, torch_sn, {}),
+            ("parametrization", KINDS, torch_sn, {}),
             # Which have nothing to do with the kind of the layer.
-            ("three_iterations", LAYERS[::4], torch_sn, {"n_power_iterations": 3, "eps": 1e-5}),
-            ("hook", LAYERS, hook_sn, {"n_power_iterations": 2}),
+            ("three_iterations", KINDS[::5], torch_sn, {"n_power_iterations": 3, "eps": 1e-5}),
+            ("hook", KINDS, hook_sn, {"n_power_iterations": 2}),
         )
         for case in cases
     ],
@@ -594,8 +602,9 @@ class Twice(nn.Module):
         return target, weight, F.linear(x, weight)
 
 
-@pytest.mark.parametrize("doubled", [False, True])
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("inner", "doubled"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)]
+)
 def test_one_weight_twice_among_the_results(inner, doubled):
     """In eval mode: AOTAutograd would make one tensor of them, without a gradient."""
     model = Twice(torch_sn, doubled).double().eval()

@@ -151,15 +151,10 @@ def test_eager_equals_double_backward_by_hand(name, penalty):
 
 @pytest.mark.parametrize(
     ("name", "penalty"),
-    [*[(name, "wgan_gp") for name in CRITICS], ("labelled", "r2")],  # r1: test_inductor
+    [*[(name, "wgan_gp") for name in CRITICS if name != "mlp"], ("labelled", "r2")],  # r1: test_inductor
 )
 def test_one_graph_without_recompilation(name, penalty):
     check(name, penalty, torch.float64, "aot_eager")
-
-
-@pytest.mark.parametrize("name", ["mlp_step", "labelled"])
-def test_one_graph_in_single_precision(name):
-    check(name, "wgan_gp", torch.float32, "aot_eager")
 
 
 @pytest.mark.parametrize("name", ["mlp_torch_sn", "mlp_legacy_sn"])
