@@ -229,8 +229,7 @@ class _Plan:
     """
 
     def __init__(self, weights: Sequence[tuple[Any, ...]]) -> None:
-        if any(0 in shape for shape, *_ in weights):
-            raise ValueError("A weight without elements has no sigma.")
+        memory.refuse_empty([shape for shape, *_ in weights])
         layouts = [_layout(*weight) for weight in weights]
         self.sites = (_Site * len(layouts))(*[site for site, _ in layouts])
         self.turned = [site.channels > 0 for site in self.sites]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["contiguous_vectors", "dense", "is_dense"]
+__all__ = ["contiguous_vectors", "dense", "is_dense", "refuse_empty"]
 
 
 def contiguous_vectors(
@@ -27,14 +27,27 @@ def contiguous_vectors(
         ValueError: One has another number of elements.
         RuntimeError: One is on another device.
     """
-    devices = {x.device for x in vectors}
-    if devices != {like.device}:
-        others = ", ".join(sorted(str(device) for device in devices - {like.device}))
-        raise RuntimeError(f"u and v must be on the device of their weights, {like.device}, got {others}.")
+    device = like.device
+    if others := {str(x.device) for x in vectors if x.device != device}:
+        got = ", ".join(sorted(others))
+        raise RuntimeError(f"u and v must be on the device of their weights, {device}, got {got}.")
     stored = [x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous() for x in vectors]
     if (given := tuple([x.numel() for x in stored])) != sizes:
         raise ValueError(f"u and v have {given} elements and need {sizes}.")
     return stored
+
+
+def refuse_empty(shapes: Sequence[Sequence[int]]) -> None:
+    """Kernels cut weights into blocks, of which a weight without elements has none.
+
+    Args:
+        shapes: Of weights.
+
+    Raises:
+        ValueError: One has no elements.
+    """
+    if any(0 in shape for shape in shapes):
+        raise ValueError("A weight without elements has no sigma.")
 
 
 def dense(weight: Tensor) -> Tensor:

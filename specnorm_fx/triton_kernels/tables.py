@@ -123,8 +123,7 @@ def forward_plan(
     """
     if not all(map(memory.is_dense, shapes, strides)):
         return Plan(is_dense=False)
-    if any(0 in shape for shape in shapes):
-        raise ValueError("A weight without elements has no sigma.")
+    memory.refuse_empty(shapes)
     columns = (shapes, strides, dims, n_power_iterations, orders, eps)
     weights = [Weight(*site) for site in zip(*columns, strict=True)]
     many, itemsize = len(weights), dtype.itemsize
