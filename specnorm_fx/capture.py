@@ -10,6 +10,7 @@ import copy
 import inspect
 import itertools
 import linecache
+import logging
 import operator
 import random
 import sys
@@ -47,6 +48,8 @@ __all__ = [
     "share",
     "symbolic_trace",
 ]
+
+logger = logging.getLogger(__name__)
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -166,7 +169,7 @@ class Tracer(fx.Tracer):
         """As fx does."""
         self._precisions = 0  # regions of autocast around what runs
         self._without_gradient: set[fx.Node] = set()
-        with self._counted_precisions(), _plain_checkpoints(), _NothingDrawn():
+        with self._counted_precisions(), _NothingDrawn():
             return super().trace(root, concrete_args)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
@@ -256,10 +259,32 @@ def _other_generators() -> list[Any]:
     return [random.getstate(), keys.tobytes(), position]
 
 
-def _plain_checkpoints() -> Any:
-    """What is checkpointed by ``use_reentrant=True``, which runs it without gradients, just runs."""
-    plain = staticmethod(lambda function, _, *args: function(*args))
-    return patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", plain)
+@contextlib.contextmanager
+def _plain_checkpoints(model: nn.Module) -> Iterator[None]:
+    """What the forward checkpoints just runs while it is captured, and a log message says so."""
+    here, hooks = threading.get_ident(), torch.autograd.graph.saved_tensors_hooks
+    enter: Any = hooks.__enter__
+    lost = False
+
+    def told_enter(entered: Any) -> Any:
+        nonlocal lost
+        lost |= threading.get_ident() == here
+        return enter(entered)
+
+    def plain(function: Any, _: Any, *args: Any) -> Any:  # use_reentrant=True, which goes without gradients
+        nonlocal lost
+        lost = True
+        return function(*args)
+
+    reentrant = patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", staticmethod(plain))
+    with _one_at_a_time, patch.object(hooks, "__enter__", told_enter), reentrant:
+        yield
+    if lost:
+        logger.warning(
+            "the forward of %s uses activation checkpointing (or other hooks on what is saved for backward), "
+            "which a graph does not keep: checkpoint the transformed model, or transform its parts",
+            type(model).__name__,
+        )
 
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -285,7 +310,8 @@ def symbolic_trace(model: nn.Module) -> fx.Graph:
             f"example_inputs."
         )
     # A trace may leave proxies and constants on what it runs, so each mode runs on a copy of its own.
-    (copied, graph), (_, evaluation) = (_trace(share(model), mode) for mode in (True, False))
+    with _plain_checkpoints(model):
+        (copied, graph), (_, evaluation) = (_trace(share(model), mode) for mode in (True, False))
     lines = [g.python_code("self").src.splitlines() for g in (graph, evaluation)]
     if lines[0] != lines[1]:
         pairs = itertools.zip_longest(*lines, fillvalue="")
@@ -357,7 +383,8 @@ def export_trace(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = No
     """
     args, kwargs = _bound(model, example_inputs)
     # Not strict: the forward runs as Python, so that what cannot be compiled may stand in it.
-    program = torch.export.export(share(model), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    with _plain_checkpoints(model):
+        program = torch.export.export(share(model), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     exported = program.module()
     tidy_(exported.graph, exported)
     for hooks in (model._forward_hooks, model._forward_pre_hooks):

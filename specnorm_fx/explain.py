@@ -122,6 +122,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     seen |= {name for names in fqns.values() if seen & set(names) for name in names}
     missing = [fqn for fqn in weights if fqn not in seen]
     reason = "not used by this call, or in code that Dynamo leaves to Python"
+    if any(isinstance(module, nn.RNNBase) for module in modules) and not torch._dynamo.config.allow_rnn:
+        reason += " (as any forward that calls an nn.RNN, LSTM or GRU: torch._dynamo.config.allow_rnn)"
     # Dynamo's reasons go on with hints and links.
     breaks = dict.fromkeys(text.strip().partition("\n")[0] for text in counted - before)
     return Explanation(tuple(graphs), tuple(Passed(fqn, reason) for fqn in missing), tuple(breaks))

@@ -20,13 +20,13 @@ import itertools
 import logging
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from specnorm_fx import checkpoint, ops, reference
@@ -107,7 +107,12 @@ def fuse_(
 
     Returns:
         What was fused, and what looks like spectral norm and was left alone, in order of the graph.
+
+    Raises:
+        RuntimeError: A ``torch.compiler.nested_compile_region`` iterates: PyTorch drops what such a region
+            writes, u and v here, without a word (torch 2.13).
     """
+    regions = set(_nested_regions(gm))
     # Dynamo hands a tensor on to an inner graph by the same name, but says only here where it found it.
     inputs = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
     fused: list[Fused] = []
@@ -117,11 +122,26 @@ def fuse_(
             found = fuse_graph_(
                 module.graph, implementation, lambda node: name_of(inputs.get(node.name, node))
             )
+            if module in regions and any(use.n_power_iterations for use in found[0]):
+                raise RuntimeError(
+                    f"{found[0][0].fqn} is normalised in a torch.compiler.nested_compile_region, which would "
+                    f"lose its new u and v. Take the region off, or call the model in eval mode."
+                )
             fused += found[0]
             passed += found[1]
             if found[0]:
                 module.recompile()
     return fused, passed
+
+
+def _nested_regions(gm: fx.GraphModule) -> Iterator[nn.Module]:
+    """The bodies of ``torch.compiler.nested_compile_region`` in a graph, and in those that it calls."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.find_nodes(
+                op="call_function", target=torch.ops.higher_order.invoke_subgraph
+            ):
+                yield module.get_submodule(node.args[0].target)
 
 
 def fuse_graph_(
@@ -429,6 +449,8 @@ _IN_PLACE = frozenset({"setitem", *(f"i{name}" for name in _ARITHMETIC + _BITWIS
 
 def _may_write(node: fx.Node) -> bool:
     """Whether a node may change the tensors that it is given."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
     # An embedding with max_norm cuts the rows of its weight.
     if "out" in node.kwargs or _argument(node, "inplace") or _argument(node, "max_norm") is not None:
         return True
@@ -442,6 +464,10 @@ def _may_write(node: fx.Node) -> bool:
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
+    if isinstance(node.target, torch._ops.OpOverloadPacket):  # torch.ops.mylib.clip, as Dynamo finds it
+        overloads = [getattr(node.target, name) for name in node.target.overloads()]
+        arguments = [argument for overload in overloads for argument in overload._schema.arguments]
+        return any(a.alias_info is not None and a.alias_info.is_write and not a.is_out for a in arguments)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _IN_PLACE
 

@@ -123,12 +123,14 @@ def _columns(
     return [[weights[i] for i in sites], *vectors]
 
 
-@torch.no_grad()
 def _store_(buffers: Sequence[list[Tensor]], vectors: Sequence[list[Tensor]], counts: list[int]) -> None:
     """Overwrite u and v of the weights that iterate.
 
     The graph goes on with the fresh tensors, never with the buffers: two forwards followed by one
     backward (D(real) - D(fake)) would find saved buffers overwritten.
+
+    None of them has a gradient. A no_grad would say so once more, but torch.export makes a region of it that
+    gives nothing, and torch.export.load refuses such a region (torch 2.13).
     """
     if not any(counts):
         return

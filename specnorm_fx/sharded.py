@@ -58,8 +58,13 @@ def full(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return tensor
     dtensor: Any = tensor
-    gathered: Tensor = dtensor.full_tensor()
+    gathered: Tensor = _where_ranks_meet(dtensor, dtensor.device_mesh).full_tensor()
     return gathered
+
+
+def _where_ranks_meet(shard: Any, mesh: Any) -> Any:
+    """A shard on the device of the ranks' communication, and of u and v: FSDP may keep it on the CPU."""
+    return shard if shard.device.type == mesh.device_type else shard.to(mesh.device_type)
 
 
 def matrix(weight: Tensor, dim: int) -> Any:
@@ -83,7 +88,7 @@ def matrix(weight: Tensor, dim: int) -> Any:
     mesh, placements = dtensor.device_mesh, dtensor.placements
     if any(placement.is_partial() for placement in placements):
         raise ValueError(f"A weight must be sharded or replicated, got placements {placements}.")
-    block = dtensor.to_local()
+    block = _where_ranks_meet(dtensor.to_local(), mesh)
     _, starts = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
     places = [slice(start, start + size) for start, size in zip(starts, block.shape, strict=True)]
     others = [d for d in range(weight.ndim) if d != dim]

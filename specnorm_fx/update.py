@@ -40,14 +40,15 @@ def update_after(optimizer: torch.optim.Optimizer, model: nn.Module) -> Removabl
     ``deepcopy`` or ``pickle``, has no hooks (so PyTorch): register the copy's anew.
 
     Args:
-        optimizer: Any of ``torch.optim``, of the weights of ``model``.
+        optimizer: Any of ``torch.optim``, of the weights of ``model``. It is its own ``step`` that counts: of
+            one that is driven by other methods (SAM's ``second_step``) give the optimizer inside.
         model: As in `update_`.
 
     Returns:
         A handle, whose ``remove()`` ends it.
 
     Raises:
-        TypeError: As `update_`, at once.
+        TypeError: As `update_`, at once. Or the optimizer wraps another, and takes no hooks.
         ValueError: As `update_`, at once. Or the optimizer has no parameter of ``model``: it is another
             model's, the generator's say, and u and v would not follow the weights.
     """
@@ -58,6 +59,12 @@ def update_after(optimizer: torch.optim.Optimizer, model: nn.Module) -> Removabl
             f"This {type(optimizer).__name__} has no parameter of the model, so u and v would not follow its "
             f"weights: give update_after the optimizer that trains the model. Where that has copies of the "
             f"parameters, call specnorm_fx.update_(model) after its step."
+        )
+
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise TypeError(
+            f"{type(optimizer).__name__} is a wrapper without hooks of its own: give update_after the "
+            f"optimizer inside it, or call specnorm_fx.update_(model) after its step."
         )
 
     def update_weights(*_: object) -> None:

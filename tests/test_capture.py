@@ -238,6 +238,27 @@ def test_regions_that_make_no_difference():
     assert gm.first.weight.grad.any()
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        return self.last(checkpoint(self.first, x, use_reentrant=self.use_reentrant))
+
+
+@pytest.mark.parametrize("capture", ["trace", "export"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_in_the_forward_just_runs(use_reentrant, capture, caplog):
+    x = torch.randn(2, 4)
+    gm = transform(Checkpointed(use_reentrant), example_inputs=x if capture == "export" else None)
+    (said,) = (record.message for record in caplog.records if record.name == "specnorm_fx.capture")
+    assert said.startswith("the forward of Checkpointed uses activation checkpointing")
+    gm(x).sum().backward()
+    assert gm.first.weight.grad.any()
+
+
 def test_a_method_of_the_model_as_a_hook():
     model = nn.Linear(3, 3)
     model.register_forward_hook(model.extra_repr)

@@ -127,6 +127,23 @@ def test_a_module_that_is_compiled_in_place(compile_part):
     assert [module._compiled_call_impl for module in model.modules()] == before
 
 
+def test_what_dynamo_does_with_recurrent_layers():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.lstm = torch_sn(nn.Linear(4, 4)), nn.LSTM(4, 4)
+
+        def forward(self, x):
+            return self.lstm(self.head(x))[0]
+
+    x = torch.randn(3, 2, 4)
+    (missing,) = explain(Recurrent(), x).missing
+    assert missing.fqn == "head.weight"
+    assert "nn.RNN, LSTM or GRU: torch._dynamo.config.allow_rnn" in missing.reason
+    with torch._dynamo.config.patch(allow_rnn=True):
+        assert explain(Recurrent(), x).missing == ()
+
+
 def test_no_name_of_a_tied_weight_is_missing():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import logging
 import pickle
 
@@ -457,14 +458,21 @@ def test_exports_again(training, strict):
     gm = transform(PeriodDiscriminator(3), example_inputs=x, dynamic_shapes=({0: BATCH},)).train(training)
     program = torch.export.export(gm, (x,), dynamic_shapes=({0: BATCH},), strict=strict)
     vectors = {f"{site.fqn}_{which}" for site in gm.sites() for which in "uv"}
+    saved = io.BytesIO()
+    torch.export.save(program, saved)
+    saved.seek(0)
+    loaded = torch.export.load(saved).module()
     functional = program.run_decompositions({})
     assert set(functional.graph_signature.buffers_to_mutate.values()) == (vectors if training else set())
 
     batch = torch.randn(4, 1, 32)
     again = copy.deepcopy(functional).module()
     for _ in range(2):
-        assert same(again(batch), gm(batch))
-    assert same(dict(again.named_buffers()), dict(gm.named_buffers()))
+        want = gm(batch)
+        assert same(again(batch), want)
+        assert same(loaded(batch), want)
+    for model in (again, loaded):
+        assert same(dict(model.named_buffers()), dict(gm.named_buffers()))
 
 
 def test_a_frozen_model_compiles_ahead_of_time(tmp_path):

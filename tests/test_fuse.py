@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import spectral_norm as hook_sn
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -461,6 +461,24 @@ def clip_by_a_layer(model, x):
         return before - model(x) + weight.sum()
 
 
+@torch.library.custom_op("specnorm_fx_tests::clip", mutates_args=("weight",))
+def _clip(weight: Tensor, limit: float) -> Tensor:
+    norm = weight.norm()
+    weight.clamp_(-limit, limit)
+    return norm
+
+
+_clip.register_fake(lambda weight, limit: weight.new_empty(()))
+
+
+def clip_by_an_operator(model, x):
+    weight = model.parametrizations.weight.original
+    with torch.no_grad():
+        before = model(x)
+        norm = torch.ops.specnorm_fx_tests.clip(weight, 0.1)  # a packet of overloads, here of one
+        return before - model(x) + norm
+
+
 def drop_in_place(model, x):
     return F.linear(x, F.leaky_relu(model.weight, 0.2, True), model.bias)
 
@@ -506,6 +524,7 @@ def other_matrix(model, x):
         (clip, "the weight may be changed in place by clamp_"),
         (square, "the weight may be changed in place by"),
         (clip_by_a_layer, "the weight may be changed in place by"),
+        (clip_by_an_operator, "the weight may be changed in place by"),
         (drop_in_place, "W / sigma may be changed in place by"),
         (cut_rows, "W / sigma may be changed in place by"),
         (read_u, "u is read by sum_1 as well"),
@@ -546,14 +565,38 @@ def checkpoint_a_part(model, x):
     return torch.utils.checkpoint.checkpoint(torch.relu, F.linear(x, model.weight), use_reentrant=False)
 
 
+def checkpoint_a_weight(model, x):
+    model.eval()  # in training its u and v would be written in there
+    return model(torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False))
+
+
 # torch 2.13, which does so itself.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("function", [quantize, checkpoint_a_part])
+@pytest.mark.parametrize("function", [quantize, checkpoint_a_part, checkpoint_a_weight])
 def test_what_runs_a_graph_of_its_own_is_looked_into(function):
     model = torch_sn(nn.Linear(6, 6)).double()
     backend = compare(model, function, (torch.randn(4, 6, dtype=torch.float64),))
     assert backend.fused
     assert not backend.passed
+
+
+@pytest.mark.parametrize("sn", [torch_sn, hook_sn])
+def test_a_region_that_loses_its_u_and_v_is_an_error(sn):
+    """As PyTorch compiles it, without a word."""
+    model = nn.Sequential(sn(nn.Linear(4, 4)), nn.ReLU())
+    region = torch.compiler.nested_compile_region(lambda x: model(x))
+
+    def call(x):
+        return region(x) + region(x + 1)
+
+    x = torch.randn(2, 4)
+    compiled = torch.compile(call, backend=Fusing())
+    if sn is hook_sn:  # Dynamo refuses the other one
+        with pytest.raises(Exception, match=r"0\.weight is normalised in a torch\.compiler\.nested_compile"):
+            compiled(x)
+    model.eval()
+    torch._dynamo.reset()
+    assert relative_error(compiled(x), call(x)) < 1e-6
 
 
 def test_wrapped_weights_pass_through():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.utils import spectral_norm as hook_sn
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -596,6 +596,21 @@ def test_fsdp(one_rank, compiled):
     assert [row.fqn for row in report(gm).rows] == [row.fqn for row in report(twin).rows]
     x = torch.randn(2, 3, 8, 8, device=DEVICE)
     assert torch.equal(freeze(gm.eval())(x), gm(x))
+
+
+def test_fsdp_with_shards_on_the_cpu(one_rank):
+    gm = discriminator("step")
+    twin = copy.deepcopy(gm)
+    fully_shard(gm, mesh=one_rank, offload_policy=CPUOffloadPolicy())
+    assert all(site.weight.device.type == "cpu" for site in gm.sites())
+    for model in (gm, twin):
+        update_(model)
+    for got, want in zip(vectors(gm), vectors(twin), strict=True):
+        assert relative_error(got, want) < 1e-5
+    for row, want in zip(report(gm).rows, report(twin).rows, strict=True):
+        assert row.sigma == pytest.approx(want.sigma, rel=1e-6)
+    x = torch.randn(2, 3, 8, 8, device=DEVICE)
+    assert relative_error(freeze(gm.eval())(x), twin.eval()(x)) < 1e-5
 
 
 def test_sigma_logger_waits_for_nothing():

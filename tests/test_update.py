@@ -294,6 +294,16 @@ def test_update_after_refuses_the_optimizer_of_another_model():
     update_after(optimizer, gm)
 
 
+def test_update_after_refuses_a_wrapper_without_hooks():
+    class Wrapper(torch.optim.Optimizer):  # as torch's PostLocalSGDOptimizer
+        def __init__(self, inside):
+            self.inside, self.param_groups = inside, inside.param_groups
+
+    gm, optimizer = trainee()
+    with pytest.raises(TypeError, match="Wrapper is a wrapper without hooks of its own"):
+        update_after(Wrapper(optimizer), gm)
+
+
 def test_update_after_is_update_after_every_step():
     (gm, optimizer), (twin, other) = trainee(), trainee()
     handle = update_after(optimizer, gm)
