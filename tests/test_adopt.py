@@ -224,6 +224,12 @@ def test_other_parametrizations_beside_it_are_refused():
         transform(model)
 
 
+def test_torchs_spectral_norm_of_a_vector_stays():
+    """It is the vector over its length, without u and v."""
+    model = nn.Sequential(nn.Linear(4, 3), torch_sn(nn.LayerNorm(3)))
+    assert [site.fqn for site in transform(model).sites()] == ["0.weight"]
+
+
 def test_freeze_after_adoption_loads_into_the_plain_class():
     model = apply_torch_sn(Discriminator(), ("fc.weight",), hook_sn)
     gm = transform(model).eval()

@@ -1,6 +1,7 @@
 """How ``torch.compile`` reaches the fusion: by name, by function, as a pass in Inductor; over processes."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn.utils import spectral_norm as hook_sn
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 
 import specnorm_fx
-from specnorm_fx import FuseSpectralNorm, ops
+from specnorm_fx import FuseSpectralNorm, backend, fuse, ops, reference
 from tests.models import apply_torch_sn, case_named, relative_error
 from tests.ranks import run_ranks
 
@@ -135,6 +136,9 @@ def test_pass_within_inductor(sn):
 
 
 def test_uuid_changes_with_code_and_options(monkeypatch, tmp_path):
+    assert {Path(source) for source in backend._SOURCES} == {
+        Path(module.__file__) for module in (fuse, ops, reference)
+    }
     uuids = [FuseSpectralNorm().uuid(), FuseSpectralNorm("reference").uuid()]
     assert uuids[0] == FuseSpectralNorm("auto").uuid()
     monkeypatch.setattr(ops, "REVISION", "r0")

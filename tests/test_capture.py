@@ -13,6 +13,7 @@ from torch.fx.proxy import TraceError
 from torch.utils.checkpoint import checkpoint
 
 from specnorm_fx import frozen_state_dict, transform
+from specnorm_fx.capture import Tracer
 
 
 class PeriodPad(nn.Module):
@@ -171,6 +172,18 @@ def test_keyword_arguments_of_a_layer():
     assert transform(Keyword())(torch.randn(2, 3)).shape == (2, 3)
 
 
+def test_a_weight_by_keyword():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.projection = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x):
+            return F.linear(x, weight=self.projection)
+
+    assert [site.fqn for site in transform(Keyword()).sites()] == ["projection"]
+
+
 def test_several_inputs_and_outputs():
     class Pair(nn.Module):
         def __init__(self):
@@ -216,6 +229,7 @@ class Harmless(nn.Module):
         self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 1)
         self.register_buffer("steps", torch.zeros(()))
         self.register_buffer("place", torch.ones(4))
+        self.register_buffer("width", torch.ones(4))
 
     def forward(self, x):
         with torch.no_grad():
@@ -223,7 +237,8 @@ class Harmless(nn.Module):
             mask = (x > 0) * self.place
         with torch.autocast("cpu", enabled=False):
             scale = torch.ones(4) * 2
-        return self.last(checkpoint(self.first, x * mask, use_reentrant=True) * scale)
+            width = self.width
+        return self.last(checkpoint(self.first, x * mask, use_reentrant=True) * scale * width)
 
 
 def test_regions_that_make_no_difference():
@@ -295,6 +310,29 @@ def test_other_threads_may_enter_regions_meanwhile():
     assert seen == [True] * len(seen) != []
     elsewhere()
     assert seen[-1]
+
+
+def test_traces_in_two_threads_leave_autocast_as_it_was():
+    """One after the other: each would put back what it has found."""
+    begun, ended, enter = threading.Event(), threading.Event(), torch.autocast.__enter__
+
+    class First(nn.Linear):
+        def forward(self, x):
+            thread.start()
+            begun.wait(0.2)  # in vain
+            return super().forward(x)
+
+    class Second(nn.Linear):
+        def forward(self, x):
+            begun.set()
+            ended.wait(5)
+            return super().forward(x)
+
+    thread = threading.Thread(target=lambda: Tracer().trace(Second(3, 3)))
+    Tracer().trace(First(3, 3))
+    ended.set()
+    thread.join()
+    assert torch.autocast.__enter__ is enter
 
 
 GENERATOR = torch.Generator()

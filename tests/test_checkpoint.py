@@ -261,6 +261,17 @@ def test_a_tied_weight_by_its_other_name_alone(layout):
         assert torch.equal(site.v, theirs.v)
 
 
+def test_a_tied_weight_assigned_by_its_other_name_alone():
+    """Which unties it: the graph reads the first name, and u and v stay of that."""
+    gm = transform(Tied())
+    (before,) = gm.sites()
+    gm.load_state_dict({"decoder.weight": torch.randn(6, 6)}, strict=False, assign=True)
+    (site,) = gm.sites()
+    assert site.weight is before.weight
+    assert torch.equal(site.u, before.u)
+    assert torch.equal(site.v, before.v)
+
+
 def test_assigned_to_a_model_on_the_meta_device():
     gm, plain = transform(Discriminator()).to("meta"), Discriminator()
     gm.load_state_dict(plain.state_dict(), assign=True)

@@ -53,9 +53,10 @@ def test_a_glob_is_case_sensitive_and_an_expression_matches_in_full():
         selected("re:skip")
 
 
-def test_a_long_list_of_weights_is_cut():
-    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(30)))
-    with pytest.raises(ValueError, match=r"0.weight \(Linear\), .*, 19.weight \(Linear\), and 10 more\.$"):
+@pytest.mark.parametrize(("n", "end"), [(20, ""), (21, ", and 1 more"), (30, ", and 10 more")])
+def test_a_long_list_of_weights_is_cut(n, end):
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(n)))
+    with pytest.raises(ValueError, match=rf"0.weight \(Linear\), .*, 19.weight \(Linear\){end}\.$"):
         transform(model, "nothing")
 
 

@@ -130,11 +130,13 @@ def test_no_further_from_the_truth_than_torch_on_average():
 
 
 @orders
-@pytest.mark.parametrize("memory_format", ["channels_last", "transposed", "sliced"])
+@pytest.mark.parametrize("memory_format", ["channels_last", "keras", "transposed", "sliced"])
 def test_weights_and_gradients_of_other_strides(memory_format, order):
     if memory_format == "channels_last":
         weights = [torch.randn(8, 6, 3, 3).to(memory_format=torch.channels_last)] * 2
         dims = [0, 1]
+    elif memory_format == "keras":  # [kh, kw, in, out]
+        weights, dims = [torch.randn(3, 2, 6, 8).permute(3, 2, 0, 1)], [0]
     elif memory_format == "transposed":
         weights, dims = [torch.randn(9, 7).t()], [0]
     else:

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 from torch.nn.utils import spectral_norm as hook_sn
@@ -440,6 +441,19 @@ def test_a_mode_that_the_graph_cannot_follow_is_refused(training, caplog):
     traced.load_state_dict(gm.state_dict())
     assert torch.equal(evaluated(x), traced(x))
     assert torch.equal(freeze(evaluated)(x), traced(x))
+
+
+def test_attention_with_dropout_cannot_go_to_eval():
+    """It is told a probability, and no mode."""
+
+    class Attends(nn.Linear):
+        def forward(self, x):
+            x = super().forward(x)
+            return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+    gm = transform(Attends(4, 4), example_inputs=torch.randn(2, 3, 4))
+    with pytest.raises(RuntimeError, match=r"cannot go to eval mode: torch.export has fixed 'scaled_dot_"):
+        gm.eval()
 
 
 def test_spectral_norm_follows_the_mode_alone(caplog):

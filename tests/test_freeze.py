@@ -84,9 +84,11 @@ def test_freeze_leaves_the_model_as_it_is_and_through_compile():
 
 def test_a_frozen_model_can_be_transformed_and_copied():
     gm = transform(nn.Sequential(nn.Linear(4, 3))).eval()
+    gm.meta["mine"] = 1
     warm_up_(gm)
     frozen = freeze(gm)
     twin = copy.deepcopy(frozen)
+    assert frozen.meta == twin.meta == gm.meta
     x = torch.randn(2, 4)
     assert torch.equal(twin(x), frozen(x))
     again = transform(frozen).eval()
@@ -125,6 +127,18 @@ def test_tied_weights_that_were_untied_since():
     plain.load_state_dict(frozen_state_dict(gm.eval()))
     x = torch.randn(2, 6)
     assert torch.equal(plain(x), gm(x))
+
+
+def test_a_tied_layer_that_is_deleted_since():
+    class Encodes(Tied):
+        def forward(self, x):
+            return self.encoder(x)
+
+    gm = transform(Encodes()).eval()
+    del gm.decoder
+    assert gm.sites()[0].names == ("encoder.weight",)
+    x = torch.randn(2, 6)
+    assert torch.equal(freeze(gm)(x), gm(x))
 
 
 def test_a_weight_that_is_computed_since():

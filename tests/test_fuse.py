@@ -10,7 +10,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 from torch.nn.utils import spectral_norm as hook_sn
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -518,6 +519,26 @@ def other_matrix(model, x):
     return F.linear(x, weight / torch.dot(vectors._u, torch.mv(2 * weight, vectors._v)))
 
 
+def iterate_with_two_eps(model, x):
+    weight = model.parametrizations.weight.original
+    u, v = model.parametrizations.weight[0]._u, model.parametrizations.weight[0]._v
+    with torch.no_grad():
+        for eps in (1e-12, 1e-10):
+            u = F.normalize(torch.mv(weight, v), dim=0, eps=eps, out=u)
+            v = F.normalize(torch.mv(weight.H, u), dim=0, eps=eps, out=v)
+        u, v = u.clone(), v.clone()
+    return F.linear(x, weight / torch.vdot(u, torch.mv(weight, v)))
+
+
+def divide_without_gradient(model, x):
+    weight = model.parametrizations.weight.original
+    vectors = model.parametrizations.weight[0]
+    sigma = torch.vdot(vectors._u, torch.mv(weight, vectors._v))
+    with torch.no_grad():
+        normalized = weight / sigma
+    return F.linear(x, normalized) + F.linear(x, weight)
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
@@ -532,6 +553,8 @@ def other_matrix(model, x):
         (differentiate_u, "gradient flows through u or v"),
         (round_down, "its sigma is not used for W / sigma"),
         (other_matrix, "its sigma is not used for W / sigma"),
+        (iterate_with_two_eps, "its iterations differ in eps or order"),
+        (divide_without_gradient, "the state that it is computed in changes in between"),
     ],
 )
 def test_what_is_not_fused_is_right_all_the_same(function, reason, caplog):
@@ -597,6 +620,14 @@ def test_a_region_that_loses_its_u_and_v_is_an_error(sn):
     model.eval()
     torch._dynamo.reset()
     assert relative_error(compiled(x), call(x)) < 1e-6
+
+
+def test_what_runs_something_unknown_may_write():
+    """Such as a kernel of Triton's."""
+    graph = fx.Graph()
+    arguments = {"kwargs": {"weight": graph.placeholder("weight")}}
+    kernel = graph.call_function(triton_kernel_wrapper_mutation, (), arguments)
+    assert fuse._may_write(kernel)
 
 
 def test_wrapped_weights_pass_through():

@@ -243,12 +243,22 @@ def test_alpha_is_drawn_for_each_sample():
     assert torch.isclose(penalty, (x - 1).square().mean())
 
 
+def test_alpha_is_not_rounded_to_the_lesser_of_two_dtypes():
+    """From D(x) = x^2 / 2, at x = alpha."""
+    real, fake, alpha = torch.ones(8, 1, dtype=torch.bfloat16), torch.zeros(8, 1), torch.rand(8)
+    penalty = gradient_penalty.wgan_gp(lambda x: x.square() / 2, real, fake, alpha=alpha)
+    assert torch.isclose(penalty, (alpha - 1).square().mean())
+
+
 def test_what_flows_where():
     model = transform(mlp())
     real, fake = torch.randn(2, 4, 6).requires_grad_().unbind()
     gradient_penalty.r1(model, real).backward()
     gradient_penalty.wgan_gp(model, real, fake).backward()
     assert real.grad_fn is not None  # it could have been reached
+    plain = torch.randn(4, 6)
+    gradient_penalty.r1(model, plain).backward()
+    assert not plain.requires_grad
     assert model.get_parameter("0.weight").grad.any()
     with pytest.raises(RuntimeError, match="not have been used"):
         torch.autograd.grad(gradient_penalty.r2(model, fake), fake)

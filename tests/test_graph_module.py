@@ -8,6 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import fx, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.fx.proxy import TraceError
 
 import specnorm_fx
@@ -133,8 +134,9 @@ def test_to_dtype_moves_everything():
         lambda gm: torch.compile(gm, backend="eager"),
         torch.optim.swa_utils.AveragedModel,
         nn.DataParallel,
+        checkpoint_wrapper,
     ],
-    ids=["itself", "compiled", "averaged", "data_parallel"],
+    ids=["itself", "compiled", "averaged", "data_parallel", "checkpointed"],
 )
 def test_functions_find_the_transformed_model_inside_others(wrap):
     wrapped = wrap(transform(nn.Linear(4, 3)))

@@ -17,7 +17,7 @@ import specnorm_fx
 from specnorm_fx import transform, warm_up_
 from specnorm_fx.inspection import inspect_checkpoint, inspect_model, inspect_onnx
 from specnorm_fx.onnx import weights_of
-from tests.models import LAYERS, Discriminator, Labelled, apply_torch_sn, case_named, parametrize
+from tests.models import LAYERS, Discriminator, Labelled, Tied, apply_torch_sn, case_named, parametrize
 
 
 def by_name(inspection):
@@ -122,6 +122,12 @@ def test_nan_and_meta_are_shown_in_a_model_that_transform_refuses():
     assert rows["2.weight"].exact == pytest.approx(exact_of(model[2].weight)[0].item(), rel=1e-6)
     assert model[0].weight.isnan().any()
     assert model[1].weight.is_meta
+
+
+def test_a_tied_weight_with_nan_is_shown_once():
+    model = Tied()
+    model.encoder.weight.data[0, 0] = torch.nan
+    assert [row.fqn for row in inspect_model(model).rows] == ["encoder.weight"]
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (40, 6)], ids=["wide", "tall"])

@@ -16,7 +16,14 @@ from torch.nn.utils import parametrizations
 
 import specnorm_fx
 from specnorm_fx.checkpoint import LAYOUTS
-from specnorm_fx.inputs import Input, calibration_batches, example_inputs, file_inputs, program_inputs
+from specnorm_fx.inputs import (
+    Input,
+    calibration_batches,
+    example_inputs,
+    file_inputs,
+    one_row_more,
+    program_inputs,
+)
 from specnorm_fx.load import (
     LoadError,
     build_model,
@@ -159,11 +166,42 @@ def test_names_that_are_not_the_models():
         load_model(f"{FILE}:Discriminator", {}, "disc.pt")
 
 
-def test_own_prefix_is_kept():
-    model = nn.ModuleDict({"module": build()})
-    assert strip_wrappers(model.state_dict(), model).keys() == model.state_dict().keys()
-    wrapped = {f"_orig_mod.{key}": 0 for key in model.state_dict()}
-    assert strip_wrappers(wrapped, model).keys() == model.state_dict().keys()
+@pytest.mark.parametrize(
+    ("model", "wrapper"),
+    [
+        (lambda: nn.ModuleDict({"module": build()}), "_orig_mod."),
+        (lambda: nn.ModuleDict({"my_orig_mod": build()}), "_orig_mod."),
+        (lambda: torch.optim.swa_utils.AveragedModel(build()), "_orig_mod."),
+        (lambda: nn.Sequential(torch.compile(build())), "module."),
+    ],
+    ids=["module", "my_orig_mod", "averaged", "compiled"],
+)
+def test_own_names_are_kept(model, wrapper):
+    model = model()
+    own = model.state_dict()
+    assert strip_wrappers(own, model).keys() == own.keys()
+    wrapped = {f"{wrapper}{key}": 0 for key in own}
+    assert strip_wrappers(wrapped, model).keys() == own.keys()
+
+
+def test_names_with_brackets():
+    """Are names, and no globs."""
+    Path("brackets.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Sequential):\n"
+        "  def __init__(self): super().__init__(); self.add_module('a[0]', torch.nn.Linear(3, 2))"
+    )
+    model = build_model("brackets.py:Net", {})
+    parametrizations.spectral_norm(model.get_submodule("a[0]"))
+    torch.save(model.state_dict(), "disc.pt")
+    (site,) = load_model("brackets.py:Net", {}, "disc.pt").sites()
+    assert site.fqn == "a[0].weight"
+
+
+def test_extra_state_is_no_further_state_dict():
+    state = {"weight": torch.ones(2), "_extra_state": {"scale": torch.ones(1)}}
+    torch.save(state, "disc.pt")
+    assert read_checkpoint("disc.pt").keys() == state.keys()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:3])
@@ -264,6 +302,12 @@ def test_inputs_of_a_file():
     write_onnx("open.onnx", ("image", float16, ["batch", 3, "height"]))
     with pytest.raises(LoadError, match="leaves the shape of its input 'image' open"):
         file_inputs(specnorm_fx.onnx.inputs_of("open.onnx"), 5)
+
+
+def test_one_row_more():
+    """But not of what has no rows."""
+    image, scale, power = one_row_more((torch.ones(2, 3), torch.tensor(2.0), 2))
+    assert (image.shape, scale.shape, power) == ((3, 3), (), 2)
 
 
 def test_calibration_batches():

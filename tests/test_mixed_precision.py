@@ -254,6 +254,9 @@ def test_a_checkpoint_with_u_and_v_in_half_precision(dtype, assign):
     state = theirs.state_dict()
     gm = transform(nn.Linear(6, 5)).to(dtype)
     gm.load_state_dict(state, assign=assign)
+    parent = nn.Sequential(transform(nn.Linear(6, 5)).to(dtype))
+    parent.load_state_dict({f"0.{key}": x for key, x in state.items()}, assign=assign)
+    assert parent[0].weight_u.dtype == parent[0].weight_v.dtype == torch.float32
     stored = theirs.parametrizations.weight[0]
     assert gm.weight_u.dtype == torch.float32
     assert all_equal(vectors(gm), [stored._u.float(), stored._v.float()])

@@ -50,6 +50,13 @@ def test_opcheck_of_weights_with_gaps():
     torch.library.opcheck(operator("normalize_forward"), (weights, *others))
 
 
+def test_arguments_by_keyword():
+    weights, us, vs, n, eps, dims, orders = arguments()
+    want = ops.normalize(weights, us, vs, n, eps, dims, orders)
+    got = ops.normalize(weights, us, vs, n_power_iterations=n, eps=eps, dims=dims, orders=orders)
+    assert torch.equal(got[0], want[0])
+
+
 def test_devices_that_differ_are_torchs_own_error():
     weights, us, vs, *options = arguments(torch.float32)
     weights[1] = weights[1].to("meta")
@@ -57,8 +64,9 @@ def test_devices_that_differ_are_torchs_own_error():
         ops.normalize(weights, us, vs, *options)
 
 
-def test_opcheck_of_the_gradient():
-    weights, us, vs, n, eps, dims, orders = arguments()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_opcheck_of_the_gradient(dtype):
+    weights, us, vs, n, eps, dims, orders = arguments(dtype)
     vectors, sigmas, normalized = ops.normalize(weights, us, vs, n, eps, dims, orders)
     grads = [torch.randn_like(normalized[0]), None, None]
     normalized[1] = normalized[1].transpose(1, 2).contiguous().transpose(1, 2)  # channels_last
@@ -215,14 +223,30 @@ def test_a_device_without_kernels_goes_by_the_reference(monkeypatch):
         assert relative_error(a, b) < 1e-12
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast_changes_nothing_inside(dtype):
-    given = arguments(torch.float32)
-    want = ops.normalize(*given)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = ops.normalize(*given)
-    assert torch.equal(got[0], want[0])
-    assert all(map(torch.equal, got[2], want[2]))
+def test_autocast_changes_nothing_inside(dtype, create_graph, monkeypatch):
+    """Of the reference, with products that autocast rounds, as on CUDA."""
+
+    def product(matrix, vector, _mv=torch.mv):
+        to = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else matrix.dtype
+        return _mv(matrix.to(to), vector.to(to)).to(matrix.dtype)
+
+    monkeypatch.setattr(torch, "mv", product)
+    monkeypatch.setattr(ops, "_kernels", lambda weights: None)
+    weights, *others = arguments(torch.float32)
+    leaves = [w.requires_grad_() for w in weights]
+    grads = [torch.randn_like(w) for w in weights]
+
+    def run():
+        vectors, sigmas, normalized = ops.normalize(leaves, *others)
+        gradients = torch.autograd.grad(normalized, leaves, grads, create_graph=create_graph)
+        return vectors, sigmas, *normalized, *gradients
+
+    want = run()
+    with torch.autocast("cpu", dtype=dtype):
+        got = run()
+    assert all(map(torch.equal, got, want))
 
 
 SIZE = 8 * 8 * 4  # bytes of each weight of what follows

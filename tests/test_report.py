@@ -17,6 +17,13 @@ def test_sigmas_are_what_eval_divides_by():
     assert not sigma.requires_grad
 
 
+def test_sigma_has_no_sign():
+    gm = transform(nn.Linear(5, 4))
+    want = sigmas(gm)
+    gm.weight.data.neg_()
+    assert sigmas(gm) == want
+
+
 def test_report_names_every_weight():
     gm = transform(nn.Sequential(Discriminator(), nn.Identity()), ["0.blocks.0.*", "0.fc"])
     warm_up_(gm, tol=1e-12)
