@@ -159,9 +159,8 @@ def adapt_(state_dict: MutableMapping[str, Any], fqn: str) -> tuple[Tensor, Tens
     for layout in ("parametrizations", "hook"):
         keys = keys_of(fqn, layout)
         if keys.weight in state_dict:
-            state_dict.pop(fqn, None)  # the hook's cached W / sigma of the oldest format
             for old, new in zip(keys, target, strict=True):
-                if old in state_dict:
+                if old in state_dict:  # the weight over the hook's cached W / sigma of the oldest format
                     state_dict[str(new)] = state_dict.pop(str(old))
             break
     else:

@@ -203,7 +203,7 @@ class Selection:
         """
         for rule in self.rules:
             matched = [weight.names[0] for weight in weights if self.rule_for(weight) is rule]
-            if rule.config is not None and matched and hidden.keys() >= set(matched):
+            if matched and hidden.keys() >= set(matched):
                 reasons = "; ".join(f"{name} is {hidden[name]}" for name in matched)
                 raise ValueError(f"select pattern {rule} matches only weights out of reach: {reasons}.")
 
