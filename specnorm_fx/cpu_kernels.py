@@ -199,15 +199,14 @@ def _run(
     addresses = [x.data_ptr() for x in (*weights, *stored, *results)]
     _call("normalize", dtype, plan.sites, addresses, divides, vectors.data_ptr(), sigmas.data_ptr(), done)
     if 0 in done:
-        with reference.autocast_off("cpu"):
-            for k in (k for k, is_done in enumerate(done) if not is_done):
-                options = (n_power_iterations[k], eps[k], dims[k], orders[k])
-                pair = reference.singular_vectors(weights[k], us[k], vs[k], *options)
-                for at, x in zip((plan.sites[k].u_at, plan.sites[k].v_at), pair, strict=True):
-                    vectors[at : at + x.numel()] = x
-                sigmas[k] = reference.sigma(reference.weight_matrix(weights[k], dims[k]), *pair)
-                if divides:
-                    results[k].copy_(reference.normalized(weights[k], *pair, eps[k], dims[k]))
+        for k in (k for k, is_done in enumerate(done) if not is_done):
+            options = (n_power_iterations[k], eps[k], dims[k], orders[k])
+            pair = reference.singular_vectors(weights[k], us[k], vs[k], *options)
+            for at, x in zip((plan.sites[k].u_at, plan.sites[k].v_at), pair, strict=True):
+                vectors[at : at + x.numel()] = x
+            sigmas[k] = reference.sigma(reference.weight_matrix(weights[k], dims[k]), *pair)
+            if divides:
+                results[k].copy_(reference.normalized(weights[k], *pair, eps[k], dims[k]))
     return vectors, sigmas, results
 
 

@@ -134,8 +134,7 @@ def _normalize(
         return found
     vectors, sigmas = _power_iteration(weights, us, vs, n, eps, dims, orders)
     columns = (weights, *split(vectors, weights, dims), eps, dims)
-    with reference.autocast_off(vectors.device.type):
-        normalized = [reference.normalized(*site) for site in zip(*columns, strict=True)]
+    normalized = [reference.normalized(*site) for site in zip(*columns, strict=True)]
     return vectors, sigmas, [_laid_out(*pair) for pair in zip(normalized, weights, strict=True)]
 
 
@@ -152,11 +151,10 @@ def _power_iteration(
     if kernels is not None:
         found: tuple[Tensor, Tensor] = kernels.power_iteration(weights, us, vs, n, eps, dims, orders)
         return found
-    with reference.autocast_off(weights[0].device.type):
-        new_us, new_vs = _singular_vectors(weights, us, vs, n, eps, dims, orders)
-        matrices = map(reference.weight_matrix, weights, dims)
-        sigmas = torch.stack([*map(reference.sigma, matrices, new_us, new_vs)])
-        return torch.cat([x for pair in zip(new_us, new_vs, strict=True) for x in pair]), sigmas.double()
+    new_us, new_vs = _singular_vectors(weights, us, vs, n, eps, dims, orders)
+    matrices = map(reference.weight_matrix, weights, dims)
+    sigmas = torch.stack([*map(reference.sigma, matrices, new_us, new_vs)])
+    return torch.cat([x for pair in zip(new_us, new_vs, strict=True) for x in pair]), sigmas.double()
 
 
 def _gradients_by_kernel(
@@ -173,11 +171,10 @@ def _gradients_by_kernel(
         gradients = kernels.normalize_backward(grads, normalized, vectors, sigmas, eps, dims, contiguous)
     else:
         columns = (grads, normalized, *split(vectors, normalized, dims), sigmas.unbind(), eps, dims)
-        with reference.autocast_off(vectors.device.type):
-            gradients = [
-                None if grad is None else _laid_out(reference.gradient(grad, *site), site[0], wants)
-                for wants, grad, *site in zip(contiguous, *columns, strict=True)
-            ]
+        gradients = [
+            None if grad is None else _laid_out(reference.gradient(grad, *site), site[0], wants)
+            for wants, grad, *site in zip(contiguous, *columns, strict=True)
+        ]
     return [gradient for gradient in gradients if gradient is not None]
 
 

@@ -28,7 +28,6 @@ from torch import Tensor
 __all__ = [
     "AS_STORED",
     "INITIAL_ITERATIONS",
-    "autocast_off",
     "compute_dtype",
     "converge",
     "direction",
@@ -155,7 +154,7 @@ def power_iteration(
 
 
 def product(matrix: Tensor, vector: Tensor) -> Tensor:
-    """``torch.mv`` without autocast, which on CUDA would round both to half precision.
+    """``torch.mv`` without autocast, which on CUDA would round both to half precision, and nothing else here.
 
     Args:
         matrix: ``[m, n]``.
@@ -164,7 +163,7 @@ def product(matrix: Tensor, vector: Tensor) -> Tensor:
     Returns:
         ``[m]``.
     """
-    with autocast_off(vector.device.type):
+    with _autocast_off(vector.device.type):
         # In an operator that torch.compile calls, a conjugate that is a view would be read as what it views.
         return torch.mv(matrix.resolve_conj(), vector)
 
@@ -422,7 +421,7 @@ def residual(weight_mat: Tensor, u: Tensor, v: Tensor, eps: float) -> tuple[Tens
     return size, torch.where(size <= eps, 0, torch.maximum(gap_u, gap_v) / size)  # NaN stays NaN
 
 
-def autocast_off(device_type: str) -> contextlib.AbstractContextManager[None]:
+def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[None]:
     """A context without autocast, which would round what is to be computed in fp32.
 
     Args:

@@ -247,11 +247,10 @@ def normalized(weight: Tensor, u: Tensor, v: Tensor, eps: float, dim: int) -> Te
         shape=weight.shape,
         stride=weight.stride(),
     )
-    with reference.autocast_off(weight.device.type):
-        stored = weight.to(u.dtype)
-        sigma = (stored * outer.conj()).sum()
-        divisor = torch.where(sigma.abs() > eps, sigma, 1)
-        result: Any = (stored / divisor).to(weight.dtype)
+    stored = weight.to(u.dtype)
+    sigma = (stored * outer.conj()).sum()
+    divisor = torch.where(sigma.abs() > eps, sigma, 1)
+    result: Any = (stored / divisor).to(weight.dtype)
     # DTensor replicates a dimension with fewer elements than ranks.
     if result.placements != dtensor.placements:
         result = result.redistribute(placements=dtensor.placements)
