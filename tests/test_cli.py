@@ -230,13 +230,16 @@ def test_inspect(folder, exported, capsys):
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
     assert Path("out.html").read_text().startswith("<!doctype html>")
     assert "divided" in capsys.readouterr().out
-    for what in (["disc.pt"], LOADED):
+    shutil.copy("disc.pt", "a:b.pt")  # no MODEL, where there is such a file
+    for what in (["disc.pt"], ["a:b.pt"], LOADED):
         assert run("inspect", *what, "--json") == 0
         weights = json.loads(capsys.readouterr().out)["weights"]
         assert [w["fqn"] for w in weights if w["status"] == "normalised"] == list(NORMALIZED)
     assert run("inspect", f"{FILE}:Labelled", "--json") == 0
     weights = json.loads(capsys.readouterr().out)["weights"]
     assert {w["status"] for w in weights} == {"to be normalised", "skipped"}
+    assert run("inspect", MODEL, "--kwargs", '{"channels": 6}', "--json") == 0
+    assert json.loads(capsys.readouterr().out)["weights"][0]["shape"][0] == 6
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
@@ -615,6 +618,9 @@ FAULTS = [
     ),
     # inspect.
     pytest.param(nothing, ("inspect", "disc.pt", "--select", "fc"), "are for a MODEL", id="inspect: select"),
+    pytest.param(
+        nothing, ("inspect", "disc.pt", "--kwargs", '{"a": 1}'), "are for a MODEL", id="inspect: kwargs"
+    ),
     pytest.param(
         nothing,
         ("inspect", "disc.onnx", "--checkpoint", "disc.pt"),

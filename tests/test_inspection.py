@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 
 import specnorm_fx
 from specnorm_fx import transform, warm_up_
-from specnorm_fx.inspection import inspect_checkpoint, inspect_model, inspect_onnx
+from specnorm_fx.inspection import Inspection, Row, inspect_checkpoint, inspect_model, inspect_onnx
 from specnorm_fx.onnx import weights_of
 from tests.models import LAYERS, Discriminator, Labelled, Tied, apply_torch_sn, case_named, parametrize
 
@@ -297,6 +297,15 @@ def test_a_divided_weight_has_sigma_1(exported):
     assert "specnorm_fx.version" in inspection.notes
 
 
+def test_a_divided_weight_whose_sigma_is_not_1_is_pointed_out(exported, tmp_path):
+    file = onnx.load(exported[1])
+    (stored,) = (i for i in file.graph.initializer if i.name == "0.weight")
+    stored.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(stored), stored.name))
+    onnx.save(file, tmp_path / "d.onnx")
+    why = {row.fqn: row.why for row in inspect_onnx(tmp_path / "d.onnx").rows if row.why}
+    assert why == {"0.weight": "divided by sigma, and its largest singular value is 2"}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_a_weight_that_took_in_a_batch_norm(tmp_path, precision):
     gm = transform(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)))
@@ -362,24 +371,29 @@ def test_what_a_hostile_checkpoint_may_hold(tmp_path):
     """A weight without dimensions; and one element that claims to be 10^14."""
     state = {"a.weight": torch.tensor(1.0), "a.weight_u": torch.ones(1), "a.weight_v": torch.ones(1)}
     state["b"] = torch.ones(1, 1).expand(10**7, 10**7)
+    state["c"] = torch.ones(0, 3)
     torch.save(state, tmp_path / "c.pt")
     rows = inspect_checkpoint(tmp_path / "c.pt").rows
     assert {row.fqn: row.why for row in rows} == {
         "a.weight": "u and v do not fit its shape",
         "b": "more elements than there are stored",
+        "c": "empty",
     }
     assert all(row.exact is None for row in rows)
 
 
-def dequantized(path, scale, **attributes):
+def dequantized(path, scale, zero=None, **attributes):
     """A file with one int8 weight, [2, 4], all 3."""
     helper, numpy = onnx.helper, onnx.numpy_helper
     initializers = [
         numpy.from_array(np.full((2, 4), 3, np.int8), "w_quantized"),
         numpy.from_array(scale.astype(np.float32), "w_scale"),
     ]
+    if zero is not None:
+        initializers.append(numpy.from_array(zero.astype(np.int8), "w_zero"))
+    stored = [initializer.name for initializer in initializers]
     nodes = [
-        helper.make_node("DequantizeLinear", ["w_quantized", "w_scale"], ["w"], **attributes),
+        helper.make_node("DequantizeLinear", stored, ["w"], **attributes),
         helper.make_node("MatMul", ["x", "w"], ["y"]),
     ]
     x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy")
@@ -393,6 +407,22 @@ def test_int8_with_a_scale_for_each_block(tmp_path):
     (row,) = inspect_onnx(tmp_path / "d.onnx").rows
     want = torch.tensor([[3.0, 3, 6, 6], [9, 9, 12, 12]])
     assert row.exact == pytest.approx(torch.linalg.matrix_norm(want, 2).item())
+
+
+def test_int8_with_zero_points(tmp_path):
+    dequantized(tmp_path / "d.onnx", np.ones(2), np.array([1, 3]), axis=0)
+    (row,) = inspect_onnx(tmp_path / "d.onnx").rows
+    assert row.spectrum == pytest.approx([4, 0])  # of rows of 2 and of 0
+
+
+def test_the_table_of_an_embedding_in_an_onnx_file(tmp_path):
+    helper, kinds = onnx.helper, onnx.TensorProto
+    table = onnx.numpy_helper.from_array(np.diag([1, 2]).astype(np.float32), "embed.weight")
+    gather = helper.make_node("Gather", ["embed.weight", "x"], ["y"])
+    x, y = helper.make_tensor_value_info("x", kinds.INT64, [1]), helper.make_empty_tensor_value_info("y")
+    onnx.save(helper.make_model(helper.make_graph([gather], "g", [x], [y], [table])), tmp_path / "d.onnx")
+    (row,) = inspect_onnx(tmp_path / "d.onnx").rows
+    assert (row.fqn, row.status, row.exact) == ("embed.weight", "plain", 2)
 
 
 @pytest.mark.parametrize(
@@ -465,6 +495,18 @@ def test_names_are_escaped_in_the_page(tmp_path):
     page = Page()
     page.feed(text)
     assert name in page.cells
+
+
+def test_what_is_said_of_a_weight_and_of_the_file_is_in_text_and_page(tmp_path):
+    zero = Row("w", (3, 3), "float32", "plain", why="a & b", exact=0.0, spectrum=(0.0, 0.0, 0.0))
+    inspection = Inspection("d.onnx", (zero,), {"precision": "<fp32>"})
+    assert str(inspection).splitlines()[-2:] == ["w: a & b", "precision: <fp32>"]
+    inspection.html(tmp_path / "d.html")
+    text = (tmp_path / "d.html").read_text()
+    assert "a &amp; b</div>" in text
+    assert "<dt>precision</dt><dd>&lt;fp32&gt;</dd>" in text
+    assert "<svg" not in text  # singular values of 0 have no curve
+    inspection.plot(tmp_path / "d.png")
 
 
 @pytest.mark.parametrize("depth", [1, 12])
