@@ -21,6 +21,7 @@ from torch import nn
 
 from specnorm_fx import freeze, transform
 from specnorm_fx.onnx import VerificationError, export, verify
+from specnorm_fx.onnx.external_data import remove_older
 from tests.models import MODELS, Discriminator, Labelled, Tied, case_named
 from tests.onnx_files import operators, plain_export, trained
 
@@ -277,6 +278,15 @@ def test_external_data_on_request(precision, tmp_path):
     data.unlink()
     with pytest.raises(VerificationError, match="not a valid ONNX model"):
         verify(graph, gm, x)
+
+
+def test_of_older_weights_those_of_the_same_graph_are_removed(tmp_path):
+    older, current = (f"d[1].onnx.{digit * 16}.data" for digit in "0a")
+    others = ["d[1].onnx.notes.data", f"d1.onnx.{'0' * 16}.data", f"d[1].onnx.{'0' * 16}"]
+    for name in (older, current, *others):
+        (tmp_path / name).touch()
+    remove_older(tmp_path / "d[1].onnx", current)
+    assert {file.name for file in tmp_path.iterdir()} == {current, *others}
 
 
 def test_large_weights_stand_in_a_file_of_their_own(tmp_path, monkeypatch):
