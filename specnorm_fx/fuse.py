@@ -462,12 +462,13 @@ def _may_write(node: fx.Node) -> bool:
         return not bodies or any(_may_write(inner) for body in bodies for inner in body.nodes)
     if node.op == "call_module":
         return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
+    overloads = [node.target] if isinstance(node.target, torch._ops.OpOverload) else []
     if isinstance(node.target, torch._ops.OpOverloadPacket):  # torch.ops.mylib.clip, as Dynamo finds it
         overloads = [getattr(node.target, name) for name in node.target.overloads()]
+    if overloads:
         arguments = [argument for overload in overloads for argument in overload._schema.arguments]
-        return any(a.alias_info is not None and a.alias_info.is_write and not a.is_out for a in arguments)
+        written = [a for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        return any(not a.is_out or a.name in node.kwargs for a in written)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _IN_PLACE
 

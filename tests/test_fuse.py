@@ -630,6 +630,19 @@ def test_what_runs_something_unknown_may_write():
     assert fuse._may_write(kernel)
 
 
+def test_what_an_operator_is_told_to_write_to_is_written():
+    """And not by those of its overloads that are given no `out`."""
+    graph = fx.Graph()
+    weight = graph.placeholder("weight")
+    for operator_, given, writes in (
+        (torch.ops.aten.aminmax, {}, False),
+        (torch.ops.aten.aminmax.default, {}, False),
+        (torch.ops.aten.aminmax, {"min": weight, "max": weight}, True),
+        (torch.ops.aten.aminmax.out, {"min": weight, "max": weight}, True),
+    ):
+        assert fuse._may_write(graph.call_function(operator_, (weight,), given)) == writes
+
+
 def test_wrapped_weights_pass_through():
     """DTensor, say: the operator has no rule for what a wrapper keeps inside."""
     model = torch_sn(nn.Linear(4, 4)).eval()
