@@ -299,7 +299,8 @@ def _panels(models: dict[str, Any]) -> Iterator[_Panel]:
         bars = []
         for variant in variants_in(mode)[1:]:
             added = [100 * (ratio - 1) for ratio in medians("step", mode, variant, "over_none")]
-            bars.append((LABELS[variant], COLORS[variant], "", added))
+            if not all(map(math.isnan, added)):  # run.py --without
+                bars.append((LABELS[variant], COLORS[variant], "", added))
         yield _Panel(f"training step, {mode}", "added to the step\nwithout SN, %", 0.0, "{:+.1f}", bars)
     for direction in DIRECTIONS if measured("sn") else ():
         bars = []

@@ -18,7 +18,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ def _measure_steps(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     calls = {}
-    for variant in VARIANTS:
+    for variant in _among(VARIANTS, args):
         # All modes train one model, so that memory holds it once; each has its turn.
         model = build(case, variant, args.device)
         # The optimizer computes each step and then goes none of it: no variant drifts to numbers of its own.
@@ -89,13 +89,13 @@ def _measure_steps(
         summary = mine.summary(over_none=none, over_torch=theirs, over_ours=ours, over_eager=eager)
         return summary | _kernels(mine, calls[mode, variant], args.device)
 
-    return {mode: {variant: entry(mode, variant) for variant in variants_in(mode)} for mode in args.modes}
+    return {mode: {v: entry(mode, v) for v in _among(variants_in(mode), args)} for mode in args.modes}
 
 
 def measure_sn(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """The spectral norm alone: by mode, variant and direction; and a copy of the weights."""
     calls = {}
-    for variant in VARIANTS[1:]:
+    for variant in _among(VARIANTS[1:], args):
         module, weights = normalization(build(case, variant, args.device), variant)
         gradients = [torch.randn_like(weight) for weight in weights]
         for mode in args.modes:
@@ -118,12 +118,16 @@ def measure_sn(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     by_mode = {
         mode: {
             v: {direction: entry(mode, v, direction) for direction in DIRECTIONS}
-            for v in variants_in(mode)[1:]
+            for v in _among(variants_in(mode)[1:], args)
         }
         for mode in args.modes
     }
     copied = series["copy"].summary() | _kernels(series["copy"], calls["copy"], args.device)
     return {"copy": copied, **by_mode}
+
+
+def _among(variants: Sequence[str], args: argparse.Namespace) -> list[str]:
+    return [variant for variant in variants if variant not in args.without]
 
 
 def _forward_backward(
@@ -144,11 +148,12 @@ def _kernels(series: Series, call: Callable[[], object], device: str) -> dict[st
 
 def measure_compile(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """The first compile, cold, each in a process of its own: by variant."""
-    series = {variant: Series() for variant in VARIANTS}
+    variants = _among(VARIANTS, args)
+    series = {variant: Series() for variant in variants}
     transform = Series()
     order = random.Random(0)
     for _ in range(args.processes):
-        for variant in order.sample(VARIANTS, len(VARIANTS)):
+        for variant in order.sample(variants, len(variants)):
             if series[variant].fails is not None:
                 continue
             measured = in_fresh_process("compile", case, variant, "compiled", args.device)
@@ -159,14 +164,16 @@ def measure_compile(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             if variant == "ours":
                 transform.values.append(measured["transform"])
     transform.fails = series["ours"].fails
-    result = {variant: series[variant].summary(over_none=series["none"]) for variant in VARIANTS}
+    result = {variant: series[variant].summary(over_none=series["none"]) for variant in variants}
     return result | {"transform": transform.summary()}
 
 
 def measure_memory(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """The peak of memory in a step, each in a process of its own: by mode and variant."""
     return {
-        mode: {v: in_fresh_process("memory", case, v, mode, args.device) for v in variants_in(mode)}
+        mode: {
+            v: in_fresh_process("memory", case, v, mode, args.device) for v in _among(variants_in(mode), args)
+        }
         for mode in args.modes
     }
 
@@ -280,6 +287,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     training = [what for what in MEASUREMENTS if what != "onnx"]
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=training)
     parser.add_argument("--modes", nargs="+", choices=MODES["cuda"], help="default: all that fit the device")
+    parser.add_argument(
+        "--without", nargs="+", choices=("legacy", "backend"), default=[], help="to save time"
+    )
     parser.add_argument("--repetitions", type=int, default=200, help="rounds of a measurement, at most")
     parser.add_argument("--seconds", type=float, help="budget of the rounds of a measurement; 30, on CUDA 3")
     parser.add_argument("--minutes", type=float, help="of the whole run; no limit, on CUDA 9")
@@ -378,8 +388,9 @@ def _left_out(due: list[Part], args: argparse.Namespace) -> str:
         "models": [name for name in args.models if any(name == part.model for part in due)],
         "only": [what for what in args.only if any(what == part.what for part in due)],
         "modes": [mode for mode in args.modes if any(mode in part.modes for part in due)],
+        "without": args.without,
     }
-    options = " ".join(f"--{name} {' '.join(values)}" for name, values in wanted.items())
+    options = " ".join(f"--{name} {' '.join(values)}" for name, values in wanted.items() if values)
     return (
         f"Not measured in {args.minutes:g} minutes:\n{names}\nGo on, with the same --out:\n"
         f"  python benchmarks/run.py --device {args.device} {options} --out DIR"

@@ -60,6 +60,15 @@ def test_measures_every_variant(measured):
     assert min(values) > 0
 
 
+def test_variants_that_are_left_out(tmp_path):
+    what = ["--only", "step", "sn", "--modes", "eager", "--without", "legacy"]
+    run("run.py", "--models", "mlp", *what, "--quick", "--out", tmp_path)
+    (path,) = tmp_path.glob("cpu-*.json")
+    model = json.loads(path.read_text())["models"]["mlp"]
+    assert list(model["step"]["eager"]) == ["none", "torch", "ours"]
+    assert list(model["sn"]["eager"]) == ["torch", "ours"]
+
+
 def test_measures_onnx_files(measured):
     files = json.loads(measured[1].read_text())["models"]["mlp"]["onnx"]
     simplified = [name for name in ("onnxsim", "onnxslim") if importlib.util.find_spec(name)]

@@ -4,11 +4,13 @@ import contextlib
 import copy
 import gc
 import importlib
+import itertools
 import subprocess
 import sys
 import textwrap
 import threading
 import weakref
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import specnorm_fx
 from specnorm_fx import ops, reference, transform
@@ -112,6 +115,7 @@ SHAPES = {
     "conv transpose 1x1": ((6, 10, 1, 1), 1, as_is),
     "channels last": ((10, 8, 3, 3), 0, channels_last),
     "channels last transpose": ((10, 6, 3, 3), 1, channels_last),
+    "channels last 1x1": ((10, 8, 1, 1), 0, channels_last),
     "transposed": ((33, 140), 0, transposed),
     "three strides": ((4, 3, 2, 5), 0, three_strides),
     "dim 2": ((3, 4, 5), 2, as_is),
@@ -392,7 +396,7 @@ def test_tables_of_two_threads_at_once_are_both_kept(monkeypatch):
         calls = [
             threads.submit(tables.forward_plan, torch.device("cpu"), torch.float32, True, *site) for _ in "ab"
         ]
-        made = [weakref.ref(call.result().chunks[0].table) for call in calls]
+        made = [weakref.ref(call.result().chunks[0].tables[0]) for call in calls]
     del calls
     gc.collect()
     assert made[0]() is not made[1]()
@@ -599,10 +603,10 @@ def gradients(kernels, cases, grads, vectors, sigmas, contiguous=False):
     )
 
 
-def check_gradients(kernels, cases, vectors, sigmas, grads=None):
+def check_gradients(kernels, cases, vectors, sigmas, grads=None, contiguous=False):
     """Against autograd of the reference in float64, and no worse than autograd in the dtype itself."""
     grads = [torch.randn_like(c.w) for c in cases] if grads is None else grads
-    dws = gradients(kernels, cases, grads, vectors, sigmas)
+    dws = gradients(kernels, cases, grads, vectors, sigmas, contiguous)
     parts = vectors.split([x.numel() for c in cases for x in (c.u, c.v)])
     for i, (case, grad, dw) in enumerate(zip(cases, grads, dws, strict=True)):
         if grad is None:
@@ -622,7 +626,8 @@ def check_gradients(kernels, cases, vectors, sigmas, grads=None):
         mistake, allowed = (dw.double() - truth).norm().item(), (theirs - truth).norm().item()
         assert mistake <= 2 * allowed + few * size
         assert dw.shape == case.w.shape
-        assert dw.stride() == torch.empty_like(case.w).stride()
+        promised = torch.contiguous_format if contiguous else torch.preserve_format
+        assert dw.stride() == torch.empty_like(case.w, memory_format=promised).stride()
         assert dw.dtype == case.w.dtype
 
 
@@ -654,16 +659,57 @@ def test_gradients_of_any_strides(kernels, name):
         check_gradients(kernels, [case], vectors, sigmas, [grad])
 
 
-def test_gradients_of_contiguous_weights_are_contiguous(kernels):
+TURNED = ["channels last", "channels last transpose", "transposed", "three strides", "channels last 1x1"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_gradients_of_contiguous_weights_are_contiguous(kernels, dtype):
     """Where Inductor has turned their W / sigma to channels_last."""
-    cases = [make(name) for name in ("small", "channels last", "channels last transpose")]
-    grads = [None, *(torch.randn_like(c.w) for c in cases[1:])]
+    cases = [make(name, dtype) for name in ("small", *TURNED)]
     _, vectors, sigmas = run(kernels, cases)
-    found = [
-        gradients(kernels, cases, grads, vectors, sigmas, contiguous)[1:] for contiguous in (True, False)
-    ]
-    assert all(dw.is_contiguous() for dw in found[0])
-    assert all(map(torch.equal, *found))
+    for missing in (0, 2):
+        grads = [torch.randn_like(case.w) for case in cases]
+        grads[missing] = None
+        check_gradients(kernels, cases, vectors, sigmas, grads, contiguous=True)
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_contiguous_gradients_from_any_strides(kernels, name):
+    case = make(name)
+    _, vectors, sigmas = run(kernels, [case])
+    for order in itertools.permutations(range(case.w.ndim)):
+        back = sorted(range(case.w.ndim), key=lambda d: order[d])
+        grad = torch.randn_like(case.w).permute(order).contiguous().permute(back)
+        check_gradients(kernels, [case], vectors, sigmas, [grad], contiguous=True)
+
+
+def test_a_contiguous_gradient_takes_no_copy(kernels, monkeypatch):
+    """It is written where it belongs: one tensor of the size of each weight is made, and nothing else."""
+    cases = [make(name) for name in TURNED if name not in ("three strides", "channels last 1x1")]
+    grads = [torch.randn_like(case.w) for case in cases]
+    _, vectors, sigmas = run(kernels, cases)
+    gradients(kernels, cases, grads, vectors, sigmas, contiguous=True)  # makes the tables
+    normalized = [case.w.clone() for case in cases]
+    options = [EPS] * len(cases), [case.dim for case in cases], [True] * len(cases)
+    monkeypatch.setattr(kernels.launching._Launcher, "__call__", lambda *_: None)  # the interpreter copies
+    with Operators() as operators:
+        kernels.normalize_backward(grads, normalized, vectors, sigmas, *options)
+    assert Counter(operators.called) == {
+        torch.ops.aten.new_empty.default: len(cases),
+        torch.ops.aten.empty.memory_format: 1,  # partial sums
+    }
+
+
+class Operators(TorchDispatchMode):
+    """Which operators of ATen are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.append(func)
+        return func(*args, **(kwargs or {}))
 
 
 def test_two_runs_give_the_same_bits(kernels):
@@ -693,6 +739,7 @@ def test_any_shape_and_layout(kernels, shape, data, iterations, order):
     (result,), vectors, sigmas = run(kernels, [case], iterations, order)
     check(result, case, iterations, order)
     check_gradients(kernels, [case], vectors, sigmas)
+    check_gradients(kernels, [case], vectors, sigmas, contiguous=True)
 
 
 # ---------------------------------------------------------------- the real compiler

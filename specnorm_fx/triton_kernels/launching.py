@@ -241,7 +241,8 @@ def _forward(
             special = _Specialization(device, dtype, compute, chunk.padded)
             _compile(special, (_pass, True), (_reduce, False), (_finish, divide))
             readable, xs, ys, originals, results = [take(addresses) for take in chunk.takes]
-            state = (chunk.table, chunk.epsilons, vectors)
+            (table,) = chunk.tables
+            state = (table, chunk.epsilons, vectors)
             passes, reduces, finishes = chunk.programs
             for step in range(max(chunk.iterations, 1)):
                 _pass(special, passes, (readable, xs, ys, *state, workspace, sums, step), step == 0)
@@ -277,7 +278,7 @@ def normalize_backward(
     device, dtype = normalized[0].device, normalized[0].dtype
     grads = [None if g is None else g.resolve_neg() for g in grads]  # the imaginary part of a conjugate
     grad_strides = tuple([None if g is None else g.stride() for g in grads])
-    plan = backward_plan(device, dtype, *_geometry(normalized), tuple(dims), grad_strides)
+    plan = backward_plan(device, dtype, *_geometry(normalized), tuple(dims), tuple(contiguous), grad_strides)
     if not plan.is_dense:
         dense = [*map(memory.dense, normalized)]
         return normalize_backward(grads, dense, vectors, sigmas, eps, dims, contiguous)
@@ -288,7 +289,10 @@ def normalize_backward(
             torch.empty_like(w).copy_(g) if g is not None and i in plan.copied | plan.relaid else g
             for i, (g, w) in enumerate(zip(grads, read, strict=True))
         ]
-    outputs = [None if g is None else torch.empty_like(w) for g, w in zip(grads, read, strict=True)]
+    outputs = [
+        None if g is None else w.new_empty(w.shape) if i in plan.turned else torch.empty_like(w)
+        for i, (g, w) in enumerate(zip(grads, read, strict=True))
+    ]
     addresses = _addresses((*read, *sources, *outputs))
     with _on(device):
         for chunk in plan.chunks:
@@ -296,16 +300,14 @@ def normalize_backward(
             special = _Specialization(device, dtype, vectors.dtype, chunk.padded)
             _compile(special, (_dot, False), (_gradient, False))
             factors, gradients, results = [take(addresses) for take in chunk.takes]
+            dot_table, gradient_table = chunk.tables
             dots, tiles = chunk.programs
-            _dot(special, dots, (factors, gradients, chunk.table, sums))
-            _gradient(special, tiles, (gradients, results, chunk.table, vectors, sigmas, sums))
-    for i in plan.copied:  # computed as if the weight were contiguous
-        if (out := outputs[i]) is not None:
+            _dot(special, dots, (factors, gradients, dot_table, sums))
+            _gradient(special, tiles, (gradients, results, gradient_table, vectors, sigmas, sums))
+    for i in plan.copied:  # computed as if W / sigma were contiguous
+        if (out := outputs[i]) is not None and not contiguous[i]:
             outputs[i] = torch.empty_like(normalized[i]).copy_(out)
-    return [
-        out.contiguous() if out is not None and wants else out
-        for out, wants in zip(outputs, contiguous, strict=True)
-    ]
+    return outputs
 
 
 def _geometry(weights: Sequence[Tensor]) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:

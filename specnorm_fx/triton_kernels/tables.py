@@ -68,11 +68,11 @@ NEVER = 2**62  # start of the programs of a row that fills the table up to a pow
 
 
 class Chunk(NamedTuple):
-    """The table of some weights, at most `MAX_WEIGHTS`."""
+    """The tables of some weights, at most `MAX_WEIGHTS`."""
 
     # What each argument of the launches takes from the addresses of all tensors.
     takes: list[Callable[[Sequence[int]], tuple[int, ...]]]
-    table: Tensor  # [L, FIELDS] int64
+    tables: list[Tensor]  # [L, FIELDS] int64: one for all launches, or one for each
     epsilons: Tensor  # [L] fp64
     padded: int  # L: how many weights, filled up to a power of two, at least `MIN_WEIGHTS`
     iterations: int
@@ -87,6 +87,7 @@ class Plan(NamedTuple):
     chunks: Sequence[Chunk] = ()
     copied: frozenset[int] = frozenset()  # weights (and gradients) to be read from a contiguous copy
     relaid: frozenset[int] = frozenset()  # gradients to be read from a copy with the strides of the weight
+    turned: frozenset[int] = frozenset()  # results that are contiguous, though what is read is not
     sizes: tuple[int, ...] = ()  # of every u, then of every v
     size: int = 0  # of all together
     is_dense: bool = True  # else there is nothing here: no weight may have gaps
@@ -164,7 +165,8 @@ def forward_plan(
                 {PASS_START: blocks, REDUCE_START: tiles, FINISH_START: finish},
             )
         xs = [many * (2 if swapped else 1) for swapped in table.swapped]
-        chunks.append(table.chunk(indices, device, [0, xs, [3 * many - x for x in xs], 3 * many, 4 * many]))
+        starts: list[int | list[int]] = [0, xs, [3 * many - x for x in xs], 3 * many, 4 * many]
+        chunks.append(_chunk([table], indices, device, starts))
     ms, ns = zip(*(weight.sides for weight in weights), strict=True)
     return Plan(chunks, copied, sizes=(*ms, *ns), size=sum(ms) + sum(ns))
 
@@ -176,6 +178,7 @@ def backward_plan(
     shapes: tuple[tuple[int, ...], ...],
     strides: tuple[tuple[int, ...], ...],
     dims: tuple[int, ...],
+    contiguous: tuple[bool, ...],
     grad_strides: tuple[tuple[int, ...] | None, ...],
 ) -> Plan:
     """Of dot and gradient.
@@ -188,6 +191,7 @@ def backward_plan(
         shapes: Likewise.
         strides: Likewise.
         dims: As in `launching.normalize_backward`.
+        contiguous: Likewise.
         grad_strides: Of the gradient of each, or None.
     """
     if not all(map(memory.is_dense, shapes, strides)):
@@ -197,45 +201,60 @@ def backward_plan(
     many, itemsize = len(weights), dtype.itemsize
     us, vs = _vector_starts(weights)
     present = [i for i, weight in enumerate(weights) if weight.grad_stride is not None]
+
+    def result_of(i: int, weight: Weight) -> Weight:
+        """What gradient writes, in its order: that of the result."""
+        return weight._replace(stride=weight.contiguous().stride) if contiguous[i] else weight
+
+    def has_axes(i: int, weight: Weight) -> bool:
+        return weight.axes() is not None and result_of(i, weight).axes() is not None
+
     own = {i: weights[i]._replace(grad_stride=weights[i].stride) for i in present}
-    copied = frozenset(i for i in present if own[i].axes() is None)
-    relaid = frozenset(i for i in present if weights[i].axes() is None) - copied
+    copied = frozenset(i for i in present if not has_axes(i, own[i]))
+    relaid = frozenset(i for i in present if not has_axes(i, weights[i])) - copied
+    turned = frozenset(i for i in present if result_of(i, own[i]) != own[i]) - copied
     chunks = []
     for indices in _chunks(present):
-        table = _Table()
+        dot_table, gradient_table = _Table(), _Table()
         for i in indices:
             weight = own[i].contiguous() if i in copied else own[i] if i in relaid else weights[i]
-            p, q, swapped = weight.oriented()
-            kind = kind_of(p, q, 16 // itemsize)
-            tile_p, tile_q = tile_shape(kind)
-            q_tiles = _ceil(q.size, tile_q)
-            tiles = _ceil(p.size, tile_p) * q_tiles
+            oriented = weight.oriented()
+            fields, tiles = _tiled(oriented, itemsize)
             dot_tiles = _ceil(tiles, MAX_BLOCKS)
             dots = _ceil(tiles, dot_tiles)
-            gradient_tiles = min(dot_tiles, MAX_GRADIENT_TILES)
-            table.add(
-                weight,
-                (p, q, swapped),
-                {
-                    KIND: kind,
-                    SIGMA: i,
-                    X: (vs if swapped else us)[i],
-                    Y: (us if swapped else vs)[i],
-                    G_P_OUTER: p.grad_stride[0],
-                    G_P_INNER: p.grad_stride[1],
-                    G_Q_OUTER: q.grad_stride[0],
-                    G_Q_INNER: q.grad_stride[1],
-                    Q_TILES: q_tiles,
-                    ALL_TILES: tiles,
-                    DOTS: dots,
-                    DOT_TILES: dot_tiles,
-                    DOT_SUMS: table.take("sums", dots),
-                    GRADIENT_TILES: gradient_tiles,
-                },
-                {DOT_START: dots, GRADIENT_START: _ceil(tiles, gradient_tiles)},
-            )
-        chunks.append(table.chunk(indices, device, [0, many, 2 * many]))
-    return Plan(chunks, copied, relaid)
+            sums = dot_table.take("sums", dots)
+            fields |= {DOT_TILES: dot_tiles, DOT_SUMS: sums}
+            dot_table.add(weight, oriented, fields, {DOT_START: dots})
+
+            result = result_of(i, weight)
+            oriented = result.oriented()
+            fields, tiles = _tiled(oriented, itemsize)
+            gradient_tiles = min(_ceil(tiles, MAX_BLOCKS), MAX_GRADIENT_TILES)
+            x, y = (vs, us) if oriented[2] else (us, vs)
+            fields |= {SIGMA: i, X: x[i], Y: y[i], DOTS: dots, DOT_SUMS: sums}
+            fields |= {GRADIENT_TILES: gradient_tiles}
+            gradient_table.add(result, oriented, fields, {GRADIENT_START: _ceil(tiles, gradient_tiles)})
+        chunks.append(_chunk([dot_table, gradient_table], indices, device, [0, many, 2 * many]))
+    return Plan(chunks, copied, relaid, turned)
+
+
+def _tiled(oriented: tuple[Axis, Axis, bool], itemsize: int) -> tuple[dict[Any, int], int]:
+    """What dot and gradient have of a weight in common; and how many tiles it is."""
+    p, q, _ = oriented
+    kind = kind_of(p, q, 16 // itemsize)
+    tile_p, tile_q = tile_shape(kind)
+    q_tiles = _ceil(q.size, tile_q)
+    tiles = _ceil(p.size, tile_p) * q_tiles
+    fields = {
+        KIND: kind,
+        G_P_OUTER: p.grad_stride[0],
+        G_P_INNER: p.grad_stride[1],
+        G_Q_OUTER: q.grad_stride[0],
+        G_Q_INNER: q.grad_stride[1],
+        Q_TILES: q_tiles,
+        ALL_TILES: tiles,
+    }
+    return fields, tiles
 
 
 class _Table:
@@ -270,26 +289,44 @@ class _Table:
         self.weights.append(weight)
         self.swapped.append(swapped)
 
-    def chunk(self, indices: list[int], device: torch.device, starts: Sequence[int | Sequence[int]]) -> Chunk:
-        """The chunk; ``starts``: before the addresses of each argument, or of each weight for it."""
-        count = max(MIN_WEIGHTS, 1 << (len(indices) - 1).bit_length())
-        takes: list[Any] = []
-        for start in starts:
-            before = [start] * len(indices) if isinstance(start, int) else start
-            places = [b + i for b, i in zip(before, indices, strict=True)]
-            takes.append(itemgetter(*places, *places[-1:] * (count - len(places))))
-        rows = self.rows + [dict.fromkeys(self.programs, NEVER)] * (count - len(indices))
+    def tensor(self, count: int, device: torch.device) -> Tensor:
+        """The rows, filled up to ``count``."""
+        rows = self.rows + [dict.fromkeys(self.programs, NEVER)] * (count - len(self.rows))
         numbers = [[row.get(field, 0) for field in range(FIELDS.value)] for row in rows]
-        return Chunk(
-            takes=takes,
-            table=_kept(numbers, torch.int64, device),
-            epsilons=_kept([w.eps for w in self.weights], torch.float64, device),
-            padded=count,
-            iterations=max(w.iterations for w in self.weights),
-            workspace=self.totals["workspace"],
-            sums=self.totals["sums"],
-            programs=tuple(self.programs.values()),
-        )
+        return _kept(numbers, torch.int64, device)
+
+
+def _chunk(
+    tables: Sequence[_Table],
+    indices: list[int],
+    device: torch.device,
+    starts: Sequence[int | Sequence[int]],
+) -> Chunk:
+    """The chunk of these weights.
+
+    Args:
+        tables: Their rows; workspace and sums are those of the first.
+        indices: Which weights they are.
+        device: Where the tables go.
+        starts: Before the addresses of each argument, or of each weight for it.
+    """
+    count = max(MIN_WEIGHTS, 1 << (len(indices) - 1).bit_length())
+    takes: list[Any] = []
+    for start in starts:
+        before = [start] * len(indices) if isinstance(start, int) else start
+        places = [b + i for b, i in zip(before, indices, strict=True)]
+        takes.append(itemgetter(*places, *places[-1:] * (count - len(places))))
+    first = tables[0]
+    return Chunk(
+        takes=takes,
+        tables=[table.tensor(count, device) for table in tables],
+        epsilons=_kept([w.eps for w in first.weights], torch.float64, device),
+        padded=count,
+        iterations=max(w.iterations for w in first.weights),
+        workspace=first.totals["workspace"],
+        sums=first.totals["sums"],
+        programs=tuple(count for table in tables for count in table.programs.values()),
+    )
 
 
 def _vector_starts(weights: Sequence[Weight]) -> tuple[list[int], list[int]]:
