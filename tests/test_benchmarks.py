@@ -60,15 +60,6 @@ def test_measures_every_variant(measured):
     assert min(values) > 0
 
 
-def test_variants_that_are_left_out(tmp_path):
-    what = ["--only", "step", "sn", "--modes", "eager", "--without", "legacy"]
-    run("run.py", "--models", "mlp", *what, "--quick", "--out", tmp_path)
-    (path,) = tmp_path.glob("cpu-*.json")
-    model = json.loads(path.read_text())["models"]["mlp"]
-    assert list(model["step"]["eager"]) == ["none", "torch", "ours"]
-    assert list(model["sn"]["eager"]) == ["torch", "ours"]
-
-
 def test_measures_onnx_files(measured):
     files = json.loads(measured[1].read_text())["models"]["mlp"]["onnx"]
     simplified = [name for name in ("onnxsim", "onnxslim") if importlib.util.find_spec(name)]
@@ -152,6 +143,13 @@ def test_on_cuda_what_is_wanted_most_comes_first(program):
     assert len(set(parts)) == len(parts) == 2 * (3 * 3 + 2)
     assert "mlp: penalty eager, compiled, reduce-overhead" in parts
     assert parts[-1] == "patchgan: memory reduce-overhead"
+
+
+def test_variants_that_are_left_out(program):
+    args = program.parse(["--quick", "--modes", "eager", "--without", "legacy"])
+    mlp = program.CASES["mlp"]
+    assert list(program.measure_step(mlp, args)["eager"]) == ["none", "torch", "ours"]
+    assert list(program.measure_sn(mlp, args)["eager"]) == ["torch", "ours"]
 
 
 def test_a_run_ends_in_time_and_goes_on(program, tmp_path, monkeypatch, capsys):
