@@ -299,8 +299,14 @@ def symbolic_trace(model: nn.Module) -> fx.Graph:
     Raises:
         TraceError: The forward cannot be followed, or takes another path in eval mode than in training
             mode; the message names the line.
-        ValueError: A hook on the calls of the model is one of its methods.
+        ValueError: A hook on the calls of the model is one of its methods, or its forward is not that of its
+            class.
     """
+    if "forward" in vars(model):
+        raise ValueError(
+            f"{type(model).__name__} has a forward of its own, not that of its class, which symbolic trace "
+            f"does not follow. Give transform example_inputs, or make it a subclass."
+        )
     hooks = (hook for name in _CALL_HOOKS for hook in vars(model)[name].values())
     if bound := [hook.__name__ for hook in hooks if getattr(hook, "__self__", None) is model]:
         # The model's class, and with it its methods, gives way to the graph's.
@@ -584,7 +590,8 @@ def inline(node: fx.Node, model: nn.Module) -> None:
         model: The module tree of its graph.
 
     Raises:
-        ValueError: The layer has hooks on its calls, or a parametrization, which no graph can keep.
+        ValueError: The layer has hooks on its calls, a forward of its own, or a parametrization, which a
+            trace cannot keep.
         TraceError: Its forward depends on the values or sizes it is given (``output_size``).
     """
     graph, fqn = node.graph, str(node.target)
@@ -594,6 +601,11 @@ def inline(node: fx.Node, model: nn.Module) -> None:
         raise ValueError(
             f"{fqn!r} ({type(layer).__name__}) has hooks, which would not fire in the graph. "
             f"Remove them, or {leave_out}."
+        )
+    if "forward" in vars(layer):
+        raise ValueError(
+            f"{fqn!r} ({type(layer).__name__}) has a forward of its own, not that of its class, which "
+            f"symbolic trace does not follow. Give transform example_inputs, or {leave_out}."
         )
     if nn.utils.parametrize.is_parametrized(layer):
         raise ValueError(

@@ -114,7 +114,8 @@ class SpectralNormGraphModule(fx.GraphModule):
         self._buffers = dict(root._buffers) | {name: self._buffers[name] for name in constants}
         self._non_persistent_buffers_set = set(root._non_persistent_buffers_set) | constants
         for name, value in vars(root).items():
-            if name == "_compiled_call_impl":  # of nn.Module.compile: it runs the original, with its tensors
+            # Of nn.Module.compile, or set by hand: they run the original, with its tensors.
+            if name in ("_compiled_call_impl", "forward"):
                 continue
             if name in _HOOKS:
                 self.__dict__[name] = copy.copy(value)  # handles of the original's take off the original's
@@ -276,7 +277,8 @@ class SpectralNormGraphModule(fx.GraphModule):
                     f"torch.fx cannot read back. Save its state_dict."
                 )
         _, (body, imports) = super().__reduce__()
-        body.pop("_compiled_call_impl", None)
+        for name in ("_compiled_call_impl", "forward"):
+            body.pop(name, None)
         # Not within its own state.
         hooks = self._hooks_of_module()
         others = {k: hook for k, hook in self._load_state_dict_pre_hooks.items() if k not in hooks}

@@ -3,6 +3,7 @@
 import contextlib
 import random
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -281,6 +282,32 @@ def test_a_method_of_the_model_as_a_hook():
         ValueError, match=r"'extra_repr', a method of its own, as a hook.*Register a function"
     ):
         transform(model)
+
+
+def _sevenfold(layer, x):
+    return 7 * F.linear(x, layer.weight, layer.bias)
+
+
+@pytest.mark.parametrize("part", ["", "0"], ids=["the model", "a layer"])
+def test_a_forward_that_was_set(part):
+    model = nn.Sequential(nn.Linear(4, 3)) if part else nn.Linear(4, 3)
+    layer = model.get_submodule(part)
+    layer.forward = types.MethodType(_sevenfold, layer)
+    with pytest.raises(ValueError, match=r"Linear.* has a forward of its own.*example_inputs"):
+        transform(model)
+    x = torch.randn(2, 4)
+    gm = transform(model, example_inputs=x)
+    weights = frozen_state_dict(gm.eval()).values()
+    torch.testing.assert_close(gm(x), 7 * F.linear(x, *weights))
+
+
+def test_a_forward_that_was_set_of_a_layer_left_out():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    model[0].forward = types.MethodType(_sevenfold, model[0])
+    x = torch.randn(2, 4)
+    gm = transform(model, "1").eval()
+    weight = frozen_state_dict(gm)["1.weight"]
+    torch.testing.assert_close(gm(x), F.linear(model[0](x), weight, model[1].bias))
 
 
 @pytest.mark.parametrize("around", [contextlib.nullcontext, torch.no_grad])

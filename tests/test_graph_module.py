@@ -29,7 +29,8 @@ def by_torch_save(gm):
     return torch.load(file, weights_only=False)
 
 
-COPIES = pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
+DUPLICATES = [copy.deepcopy, by_pickle, by_torch_save]
+COPIES = pytest.mark.parametrize("duplicate", DUPLICATES)
 
 
 def forward(gm, inputs, mode):
@@ -259,6 +260,20 @@ def test_a_copy_of_a_model_compiled_in_place_runs_its_own_weights(duplicate, wra
             parameter.zero_()
     assert torch.equal(copied(x), want)
     assert torch.equal(whole(x), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("duplicate", [*DUPLICATES, specnorm_fx.freeze])
+def test_a_copy_of_a_model_whose_forward_was_set_runs_its_own_weights(duplicate):
+    model = transform(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))).eval()
+    model.forward = torch.compile(model.forward, backend="eager")
+    x = torch.randn(3, 4)
+    want = model(x)
+    copied = duplicate(model)
+    assert torch.equal(copied(x), want)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(x), torch.zeros(3, 2))
 
 
 def test_an_edit_between_a_weight_and_the_call_is_refused():
