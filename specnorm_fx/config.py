@@ -215,6 +215,11 @@ def _is_types(parts: Sequence[Any]) -> bool:
 def _checked(pattern: Any) -> Pattern:
     is_types = _is_types(pattern if isinstance(pattern, tuple) else (pattern,))
     is_callable = callable(pattern) and not isinstance(pattern, type)
+    if isinstance(pattern, nn.Module):
+        raise TypeError(
+            f"select takes names and types, not modules: got a {type(pattern).__name__}. Give its FQN, or "
+            f"lambda module, fqn: module is layer."
+        )
     if not (is_types or is_callable or isinstance(pattern, str)):
         raise TypeError(
             f"select takes a module type or a tuple of them, a glob or 're:...' string, a callable "

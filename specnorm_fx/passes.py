@@ -60,11 +60,11 @@ def transform(
             that carries torch's spectral norm, either API, continues with its u, v and options. Programs do
             not know their mode: what they become starts in training mode.
         select: What to normalise: a module type or a tuple of types; a glob on the FQN of a module or
-            weight (``"blocks.*"``) or ``"re:..."``; a callable ``(module, fqn) -> bool``; a list of
-            these; or a mapping from these to `SpectralNormConfig` or ``None`` (skip), of which the
-            first match wins (and which replaces the options of torch's spectral norm, too). ``None``:
-            the weights that already carry spectral norm, if there are any; otherwise every Linear, Conv
-            and ConvTranspose.
+            weight (``"blocks.*"``) or ``"re:..."``; a callable ``(module, fqn) -> bool``, given
+            the modules of ``model``; a list of these; or a mapping from these to `SpectralNormConfig` or
+            ``None`` (skip), of which the first match wins (and which replaces the options of torch's
+            spectral norm, too). ``None``: the weights that already carry spectral norm, if there are any;
+            otherwise every Linear, Conv and ConvTranspose.
         n_power_iterations: This and the others are the defaults of `SpectralNormConfig`.
         eps: As there.
         dim: As there.
@@ -184,7 +184,7 @@ class SpectralNormPass(PassBase):
         _log_lost_methods(model)
 
         # 2. Torch's own spectral norm on selected weights is taken off the copy.
-        adopted = self._adopt_(root)
+        adopted = self._adopt_(root, model)
 
         # 3. The graph, and the weights that it uses.
         self._refuse_exported(root)
@@ -197,6 +197,12 @@ class SpectralNormPass(PassBase):
             with torch.enable_grad():  # as training runs it, so that a region without gradients shows
                 graph = trace(root)
         weights = capture.find_weights(root, graph)
+        fqns = {id(module): fqn for fqn, module in root.named_modules()}
+        for weight in weights:  # a callable may ask which of the user's modules it is
+            weight.module = model.get_submodule(fqns[id(weight.module)])
+        if self.selection is not None:
+            left = (sn for fqn, sn in find_torch_sn(model).items() if fqn not in adopted)
+            self.selection.require_matches([*weights, *left])
 
         # 4. Those to normalise that are not normalised yet.
         done = _normalized_fqns(root)
@@ -222,11 +228,12 @@ class SpectralNormPass(PassBase):
                 logger.warning("torch.export has fixed these layers in %s mode: %s", where, ", ".join(fixed))
         return PassResult(gm, True)
 
-    def _adopt_(self, root: nn.Module) -> dict[str, TorchSN]:
+    def _adopt_(self, root: nn.Module, model: nn.Module) -> dict[str, TorchSN]:
         """Strip the selected weights of torch's spectral norm; what they carried, by FQN."""
         found = find_torch_sn(root)
         if self.selection is not None:
-            found = {fqn: sn for fqn, sn in found.items() if self._rule_config(sn) is not None}
+            theirs = find_torch_sn(model)
+            found = {fqn: sn for fqn, sn in found.items() if self._rule_config(theirs[fqn]) is not None}
         for sn in found.values():
             sn.strip_()
         return found
@@ -254,7 +261,6 @@ class SpectralNormPass(PassBase):
     ) -> list[tuple[Weight, SpectralNormConfig]]:
         """The weights to normalise now, with resolved options."""
         if self.selection is not None:
-            self.selection.require_matches(weights)
             wanted = [(w, config) for w in weights if (config := self._rule_config(w)) is not None]
         elif done or adopted:
             wanted = [(w, self.default) for w in weights if adopted.keys() & w.names]

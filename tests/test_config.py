@@ -5,12 +5,14 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 
 from specnorm_fx import SpectralNormConfig, transform
 from tests.models import Discriminator
 
 CONVS = {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("conv1", "conv2", "skip")}
+CONFIG = SpectralNormConfig()
 BLOCK0 = {fqn for fqn in CONVS if fqn.startswith("blocks.0")}
 
 
@@ -66,6 +68,24 @@ def test_a_callable_that_matches_nothing_is_named():
 
     with pytest.raises(ValueError, match="select pattern never matches no weight"):
         selected(never)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("torchs", [False, True])
+def test_a_callable_is_given_the_modules_of_the_model(traced, torchs):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    if torchs:
+        for layer in model:
+            torch_sn(layer)
+    if traced:
+        model = fx.symbolic_trace(model)
+    last = model.get_submodule("1")
+    assert last not in model.get_submodule("0").modules()
+    for select in (
+        lambda module, fqn: module is last,
+        {lambda module, fqn: module is not last: None, "1": CONFIG},
+    ):
+        assert [site.fqn for site in transform(model, select).sites()] == ["1.weight"]
 
 
 def test_options_are_the_defaults_of_patterns_without_their_own():

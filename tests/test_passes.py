@@ -444,6 +444,8 @@ def refuses(model, error, match, *args, **options):
         (ValueError, r"update must be one of \('forward', 'step'\), got 'epoch'", None, {"update": "epoch"}),
         (ValueError, r"order must be one of \('uv', 'vu'\), got 'u'", None, {"order": "u"}),
         (TypeError, "select takes a module type", 3, {}),
+        (TypeError, "not modules: got a Linear. Give its FQN", nn.Linear(2, 2), {}),
+        (TypeError, "not modules: got a ReLU", ["fc", nn.ReLU()], {}),
         (TypeError, "select maps 'fc' to 3", {"fc": 3}, {}),
         (ValueError, "'re:\\(' does not compile", "re:(", {}),
     ],
