@@ -48,13 +48,13 @@ class TorchSN:
         return f"{self.module_fqn}.{self.name}" if self.module_fqn else self.name
 
     @property
-    def parameter(self) -> Tensor:
-        """The stored weight, before division by sigma."""
-        parametrizations = _parametrizations(self.module)
-        if self.name in parametrizations:
-            stored: Tensor = parametrizations[self.name].original
-            return stored
-        return self.module.get_parameter(f"{self.name}_orig")
+    def stored(self) -> list[Tensor]:
+        """The weight before division by sigma; where that is computed, all that it may be computed from."""
+        steps = _parametrizations(self.module).get(self.name)
+        if steps is not None:
+            return [*steps.parameters(), *steps.buffers()]
+        stored = self.module._parameters.get(f"{self.name}_orig")
+        return [] if stored is None else [stored]
 
     @property
     def parametrization(self) -> str:
@@ -80,7 +80,8 @@ class TorchSN:
         """Take the spectral norm off the module, in place: ``weight`` becomes the parameter it normalised.
 
         Raises:
-            ValueError: The module carries further parametrizations, which would be lost.
+            ValueError: The module carries further parametrizations, or the weight is pruned, which would be
+                lost.
         """
         if self.name in _parametrizations(self.module):
             _strip_parametrization_(self.module, self.name)
@@ -176,7 +177,7 @@ def _strip_parametrization_(module: nn.Module, name: str) -> None:
             f"alone can be taken over. Remove the others with "
             f"torch.nn.utils.parametrize.remove_parametrizations, or leave the module out of select."
         )
-    original = parametrizations[name].original
+    original = _original(parametrizations[name], "original", module)
     module.__class__ = parametrize.type_before_parametrizations(module)
     del module._modules["parametrizations"]
     _restore_(module, name, original)
@@ -184,7 +185,8 @@ def _strip_parametrization_(module: nn.Module, name: str) -> None:
 
 def _strip_hook_(module: nn.Module, name: str) -> None:
     # Not remove_spectral_norm: it leaves W / sigma behind, not W.
-    original = module._parameters.pop(f"{name}_orig")
+    original = _original(module, f"{name}_orig", module)
+    del module._parameters[f"{name}_orig"]
     for suffix in ("_u", "_v"):
         del module._buffers[name + suffix]
     del module.__dict__[name]  # the last W / sigma
@@ -196,6 +198,16 @@ def _strip_hook_(module: nn.Module, name: str) -> None:
             if isinstance(hook, _Hook) and hook.name == name:
                 del hooks[key]
     _restore_(module, name, original)
+
+
+def _original(owner: nn.Module, name: str, module: nn.Module) -> nn.Parameter | None:
+    if name not in owner._parameters:
+        raise ValueError(
+            f"{type(module).__name__} carries spectral norm on a weight that is computed from others, as by "
+            f"torch.nn.utils.prune, and only a parameter can be taken over. Make it one first "
+            f"(torch.nn.utils.prune.remove), or leave the module out of select."
+        )
+    return owner._parameters[name]
 
 
 def _restore_(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

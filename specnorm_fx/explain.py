@@ -80,7 +80,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     weights = find_torch_sn(model)
     fqns: dict[int, list[str]] = {}  # more than one for a tied weight
     for fqn, sn in weights.items():
-        fqns.setdefault(id(sn.parameter), []).append(fqn)
+        for tensor in sn.stored:
+            fqns.setdefault(id(tensor), []).append(fqn)
     graphs: list[GraphExplanation] = []
 
     def name_of(node: fx.Node) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize as torch_parametrize
+from torch.nn.utils import prune
 from torch.nn.utils import spectral_norm as hook_sn
 from torch.nn.utils.parametrizations import orthogonal
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
@@ -123,6 +124,15 @@ def test_selection_adopts_some_and_leaves_others_to_torch(sn):
 
 
 @APIS
+def test_a_rule_may_leave_out_what_carries_torchs(sn):
+    model = nn.Sequential(sn(nn.Linear(4, 4)), nn.Linear(4, 4))
+    gm = transform(model, {"0": None, "*": SpectralNormConfig()})
+    assert [site.fqn for site in gm.sites()] == ["1.weight"]
+    gm(torch.randn(2, 4)).sum().backward()
+    assert original(gm, "0.weight")[0].grad is not None
+
+
+@APIS
 def test_an_explicit_configuration_keeps_u_and_v(sn):
     model = sn(nn.Linear(4, 3), n_power_iterations=2)
     _, u, _ = original(model, "weight")
@@ -222,6 +232,20 @@ def test_other_parametrizations_beside_it_are_refused():
     torch_parametrize.register_parametrization(model[0], "bias", Twice())
     with pytest.raises(ValueError, match=r"on others: bias.*remove_parametrizations"):
         transform(model)
+
+
+@APIS
+def test_a_pruned_weight_is_refused(sn):
+    model = nn.Sequential(sn(nn.Linear(4, 4)), nn.Linear(4, 4))
+    owner, name = (
+        (model[0], "weight_orig") if sn is hook_sn else (model[0].parametrizations.weight, "original")
+    )
+    prune.random_unstructured(owner, name, 0.5)
+    with pytest.raises(ValueError, match=r"Linear carries spectral norm on a weight that is computed.*prune"):
+        transform(model)
+    assert [site.fqn for site in transform(model, {"0": None, "1": SpectralNormConfig()}).sites()] == [
+        "1.weight"
+    ]
 
 
 def test_torchs_spectral_norm_of_a_vector_stays():

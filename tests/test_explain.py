@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils import spectral_norm as hook_sn
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 
 from specnorm_fx import explain
@@ -152,3 +154,21 @@ def test_no_name_of_a_tied_weight_is_missing():
     said = explain(model, torch.randn(2, 4))
     assert len([use for graph in said.graphs for use in graph.fused]) == 2
     assert said.missing == ()
+
+
+@pytest.mark.parametrize("first", [orthogonal, weight_norm])
+def test_a_weight_that_other_parametrizations_compute(first):
+    said = explain(nn.Sequential(torch_sn(first(nn.Linear(4, 4)))), torch.randn(2, 4))
+    assert [use.fqn for graph in said.graphs for use in graph.fused] == ["0.weight"]
+    assert said.missing == ()
+
+
+@pytest.mark.parametrize("sn", [torch_sn, hook_sn])
+def test_a_pruned_weight(sn):
+    model = nn.Sequential(sn(nn.Linear(4, 4)))
+    owner, name = (
+        (model[0], "weight_orig") if sn is hook_sn else (model[0].parametrizations.weight, "original")
+    )
+    prune.random_unstructured(owner, name, 0.5)
+    said = explain(model, torch.randn(2, 4))
+    assert len(said.graphs[0].fused) == 1
