@@ -81,7 +81,7 @@ class TorchSN:
 
         Raises:
             ValueError: The module carries further parametrizations, or the weight is pruned, which would be
-                lost.
+                lost; or the spectral norm is a subclass of torch's, which may compute something else.
         """
         if self.name in _parametrizations(self.module):
             _strip_parametrization_(self.module, self.name)
@@ -177,6 +177,7 @@ def _strip_parametrization_(module: nn.Module, name: str) -> None:
             f"alone can be taken over. Remove the others with "
             f"torch.nn.utils.parametrize.remove_parametrizations, or leave the module out of select."
         )
+    _refuse_subclass(module, parametrizations[name][0], _Parametrization)
     original = _original(parametrizations[name], "original", module)
     module.__class__ = parametrize.type_before_parametrizations(module)
     del module._modules["parametrizations"]
@@ -185,6 +186,9 @@ def _strip_parametrization_(module: nn.Module, name: str) -> None:
 
 def _strip_hook_(module: nn.Module, name: str) -> None:
     # Not remove_spectral_norm: it leaves W / sigma behind, not W.
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _Hook) and hook.name == name:
+            _refuse_subclass(module, hook, _Hook)
     original = _original(module, f"{name}_orig", module)
     del module._parameters[f"{name}_orig"]
     for suffix in ("_u", "_v"):
@@ -198,6 +202,16 @@ def _strip_hook_(module: nn.Module, name: str) -> None:
             if isinstance(hook, _Hook) and hook.name == name:
                 del hooks[key]
     _restore_(module, name, original)
+
+
+def _refuse_subclass(module: nn.Module, found: Any, torchs: type) -> None:
+    # To bound sigma by a coefficient, say, as for SNGP.
+    if type(found) is not torchs:
+        raise ValueError(
+            f"{type(module).__name__} carries spectral norm by {type(found).__name__}, a class derived from "
+            f"torch's, which may compute something else, and only torch's own can be taken over. Leave the "
+            f"module out of select."
+        )
 
 
 def _original(owner: nn.Module, name: str, module: nn.Module) -> nn.Parameter | None:

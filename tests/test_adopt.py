@@ -5,12 +5,14 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize as torch_parametrize
 from torch.nn.utils import prune
 from torch.nn.utils import spectral_norm as hook_sn
-from torch.nn.utils.parametrizations import orthogonal
+from torch.nn.utils.parametrizations import _SpectralNorm, orthogonal
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
+from torch.nn.utils.spectral_norm import SpectralNorm as HookSN
 
 import specnorm_fx
 from specnorm_fx import SpectralNormConfig, transform
@@ -246,6 +248,35 @@ def test_a_pruned_weight_is_refused(sn):
     assert [site.fqn for site in transform(model, {"0": None, "1": SpectralNormConfig()}).sites()] == [
         "1.weight"
     ]
+
+
+class Bounded(_SpectralNorm):
+    """No more than 0.9, as for SNGP."""
+
+    def forward(self, weight):
+        return 0.9 * super().forward(weight)
+
+
+class BoundedHook(HookSN):
+    def compute_weight(self, module, do_power_iteration):
+        return 0.9 * super().compute_weight(module, do_power_iteration)
+
+
+@APIS
+def test_a_class_derived_from_torchs_is_refused(sn):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    if sn is hook_sn:
+        hook_sn(model[0])
+        (hook,) = model[0]._forward_pre_hooks.values()
+        hook.__class__ = BoundedHook
+    else:
+        torch_parametrize.register_parametrization(model[0], "weight", Bounded(model[0].weight))
+    with pytest.raises(ValueError, match=r"Linear carries spectral norm by Bounded.* Leave the module out"):
+        transform(model)
+    x = torch.randn(2, 4)
+    gm = transform(model, "1")
+    sigma = specnorm_fx.sigmas(gm)["1.weight"]
+    torch.testing.assert_close(gm(x), F.linear(model[0](x), model[1].weight / sigma, model[1].bias))
 
 
 def test_torchs_spectral_norm_of_a_vector_stays():
