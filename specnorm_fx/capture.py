@@ -28,7 +28,7 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer, TraceError
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from specnorm_fx.exported import layer_of, tidy_
 from specnorm_fx.graph_module import attribute, owner_of, parameter_names, spectral_norm_node
@@ -298,7 +298,7 @@ def symbolic_trace(model: nn.Module) -> fx.Graph:
 
     Raises:
         TraceError: The forward cannot be followed, or takes another path in eval mode than in training
-            mode; the message names the line.
+            mode, and the message names the line; or it assigns a buffer.
         ValueError: A hook on the calls of the model is one of its methods, or its forward is not that of its
             class.
     """
@@ -317,7 +317,7 @@ def symbolic_trace(model: nn.Module) -> fx.Graph:
         )
     # A trace may leave proxies and constants on what it runs, so each mode runs on a copy of its own.
     with _plain_checkpoints(model):
-        (copied, graph), (_, evaluation) = (_trace(share(model), mode) for mode in (True, False))
+        (copied, graph), (other, evaluation) = (_trace(share(model), mode) for mode in (True, False))
     lines = [g.python_code("self").src.splitlines() for g in (graph, evaluation)]
     if lines[0] != lines[1]:
         pairs = itertools.zip_longest(*lines, fillvalue="")
@@ -327,10 +327,38 @@ def symbolic_trace(model: nn.Module) -> fx.Graph:
             f"    in training: {in_training.strip()}\n    in eval:     {in_eval.strip()}\n"
             f"Use a module that switches by itself (nn.Dropout instead of F.dropout(..., self.training))."
         )
+    _check_assigned(copied, other)
     for node in graph.nodes:
         if node.op == "get_attr" and "." not in node.target and not hasattr(model, node.target):
             setattr(model, node.target, getattr(copied, node.target))
     return graph
+
+
+def _check_assigned(*traced: nn.Module) -> None:
+    """What the forward assigns to attributes is lost: an error for buffers, a log message for others.
+
+    Raises:
+        TraceError: It assigns a buffer.
+    """
+    found: dict[str, bool] = {}
+    for fqn, module in itertools.chain.from_iterable(model.named_modules() for model in traced):
+        held = [(name, value, True) for name, value in module._buffers.items()]
+        plain = [(name, value, False) for name, value in vars(module).items() if name != "_buffers"]
+        for name, value, is_buffer in held + plain:
+            if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value)):
+                found[f"{fqn}.{name}".removeprefix(".")] = is_buffer
+    kind = type(traced[0]).__name__
+    if buffers := [fqn for fqn, is_buffer in found.items() if is_buffer]:
+        raise TraceError(
+            f"The forward of {kind} assigns {', '.join(buffers)}, which a graph does not keep. Write to it "
+            f"in place: buffer.copy_(...)."
+        )
+    if found:
+        logger.warning(
+            "the forward of %s sets %s, which that of the transformed model does not: return it",
+            kind,
+            ", ".join(found),
+        )
 
 
 def _trace(model: nn.Module, training: bool) -> tuple[nn.Module, fx.Graph]:

@@ -284,6 +284,46 @@ def test_a_method_of_the_model_as_a_hook():
         transform(model)
 
 
+class Remembers(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.how = nn.Linear(3, 3), how
+        self.features, self.by_name = [], {}
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        h = self.layer(x)
+        getattr(self, self.how)(h)
+        return h - self.mean
+
+    def assign(self, h):
+        self.mean = 0.9 * self.mean + h.detach().mean(0)
+
+    def write(self, h):
+        self.mean.copy_(0.9 * self.mean + h.detach().mean(0))
+
+    def append(self, h):
+        self.features = [h]
+        if not self.training:
+            self.by_name["h"] = h
+
+
+def test_a_buffer_that_the_forward_assigns():
+    with pytest.raises(TraceError, match=r"assigns 0\.mean, .*in place: buffer\.copy_"):
+        transform(nn.Sequential(Remembers("assign")))
+    gm = transform(nn.Sequential(Remembers("write")))
+    gm(torch.randn(2, 3))
+    assert gm.get_buffer("0.mean").any()
+
+
+def test_attributes_that_the_forward_sets_are_named(caplog):
+    transform(nn.Sequential(Remembers("append")))
+    assert "sets 0.features, 0.by_name, which" in caplog.text
+    caplog.clear()
+    transform(nn.Sequential(Remembers("write")))
+    assert not caplog.records
+
+
 def _sevenfold(layer, x):
     return 7 * F.linear(x, layer.weight, layer.bias)
 
