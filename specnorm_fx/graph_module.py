@@ -221,7 +221,9 @@ class SpectralNormGraphModule(fx.GraphModule):
 
         def names(fqn: str, weight: Tensor) -> tuple[str, ...]:
             noted = (name for name in self._tied_names[fqn] if name in there)
-            return tuple(dict.fromkeys([fqn, *noted, *current.get(id(weight), ())]))
+            found = dict.fromkeys([fqn, *noted, *current.get(id(weight), ())])
+            # Weights tied after transform have each their own u and v.
+            return tuple(name for name in found if name == fqn or name not in fqns)
 
         return [
             Site(fqn, names(fqn, weight), config, weight, sharded.local(u), sharded.local(v))

@@ -276,6 +276,16 @@ def test_a_copy_of_a_model_whose_forward_was_set_runs_its_own_weights(duplicate)
     assert torch.equal(copied(x), torch.zeros(3, 2))
 
 
+def test_weights_tied_afterwards_have_each_their_own_vectors():
+    gm = transform(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))).eval()
+    gm.get_submodule("1").weight = gm.get_submodule("0").weight
+    x = torch.randn(3, 8)
+    want = gm(x)
+    assert torch.equal(specnorm_fx.freeze(gm)(x), want)
+    gm.load_state_dict(copy.deepcopy(gm.state_dict()))
+    assert torch.equal(gm(x), want)
+
+
 def test_an_edit_between_a_weight_and_the_call_is_refused():
     gm = transform(nn.Sequential(nn.Linear(4, 3)))
     read = gm.graph.find_nodes(op="get_attr", target="0.weight")[0]
