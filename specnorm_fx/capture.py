@@ -299,13 +299,18 @@ def symbolic_trace(model: nn.Module) -> fx.Graph:
     Raises:
         TraceError: The forward cannot be followed, or takes another path in eval mode than in training
             mode, and the message names the line; or it assigns a buffer.
-        ValueError: A hook on the calls of the model is one of its methods, or its forward is not that of its
-            class.
+        ValueError: A hook on the calls of the model is one of its methods, its forward is not that of its
+            class, or it has a ``__call__`` of its own.
     """
     if "forward" in vars(model):
         raise ValueError(
             f"{type(model).__name__} has a forward of its own, not that of its class, which symbolic trace "
             f"does not follow. Give transform example_inputs, or make it a subclass."
+        )
+    if type(model).__call__ is not nn.Module.__call__:
+        raise ValueError(
+            f"{type(model).__name__} has a __call__ of its own, which a symbolic trace does not follow. Give "
+            f"transform example_inputs, or write it as forward."
         )
     hooks = (hook for name in _CALL_HOOKS for hook in vars(model)[name].values())
     if bound := [hook.__name__ for hook in hooks if getattr(hook, "__self__", None) is model]:

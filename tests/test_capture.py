@@ -341,6 +341,19 @@ def test_a_forward_that_was_set(part):
     torch.testing.assert_close(gm(x), 7 * F.linear(x, *weights))
 
 
+def test_a_call_of_its_own():
+    class Scaled(nn.Linear):
+        def __call__(self, x):
+            return 7 * super().__call__(x)
+
+    model, x = Scaled(4, 3), torch.randn(2, 4)
+    with pytest.raises(ValueError, match=r"Scaled has a __call__ of its own.*example_inputs"):
+        transform(model)
+    for gm in (transform(model, example_inputs=x), transform(nn.Sequential(model))):
+        weights = frozen_state_dict(gm.eval()).values()
+        torch.testing.assert_close(gm(x), 7 * F.linear(x, *weights))
+
+
 def test_a_forward_that_was_set_of_a_layer_left_out():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
     model[0].forward = types.MethodType(_sevenfold, model[0])
