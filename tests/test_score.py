@@ -5,9 +5,11 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -94,22 +96,26 @@ def test_images_of_keeps_more_than_8_bits_of_a_pgm(tmp_path, rng, largest):
         np.testing.assert_allclose(image, np.repeat(pixels[None] / largest, channels, axis=0), atol=1 / 65535)
 
 
-def tiff(pixels, bits, photometric):
+def tiff(pixels, bits, photometric, order="<"):
     """Grey, in one strip, as scanners write it."""
     rows = np.unpackbits(pixels.astype(">u2").view(np.uint8)).reshape(-1, 16)[:, -bits:]
-    data = np.packbits(rows).tobytes() if bits < 16 else pixels.astype("<u2").tobytes()
+    data = np.packbits(rows).tobytes() if bits < 16 else pixels.astype(f"{order}u2").tobytes()
     height, width = pixels.shape
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: height}
     tags[279] = len(data)
     tags[273] = 8 + 2 + 12 * len(tags) + 4
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
-    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    start = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HIH", 42, 8, len(tags))
+    return start + entries + bytes(4) + data
 
 
-@pytest.mark.parametrize(("bits", "photometric"), [(12, 1), (16, 0), (16, 1)])  # 12, 0 Pillow does not take
-def test_images_of_keeps_more_than_8_bits_of_a_tiff(tmp_path, rng, bits, photometric):
+@pytest.mark.parametrize(
+    ("bits", "photometric", "order"),  # of the others Pillow takes none
+    [(8, 0, "<"), (8, 1, "<"), (12, 1, "<"), (16, 0, "<"), (16, 1, "<"), (16, 1, ">")],
+)
+def test_images_of_keeps_all_bits_of_a_tiff(tmp_path, rng, bits, photometric, order):
     pixels = rng.integers(2**bits, size=(4, 6), dtype=np.uint16)
-    (tmp_path / "x.tif").write_bytes(tiff(pixels, bits, photometric))
+    (tmp_path / "x.tif").write_bytes(tiff(pixels, bits, photometric, order))
     (image,) = read(tmp_path / "x.tif", 1, 0, 1)
     grey = pixels / (2**bits - 1)
     np.testing.assert_allclose(image[0], grey if photometric else 1 - grey, atol=1e-6)
@@ -216,10 +222,11 @@ def test_images_of_refuses_pixels_without_a_range(tmp_path, mode):
         read(tmp_path / "x.tif")
 
 
-def test_images_of_refuses_a_model_of_four_channels(tmp_path):
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_of_refuses_a_model_of_other_channels(tmp_path, channels):
     Image.new("RGB", (6, 4)).save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="gives 1 or 3 channels, but the model takes 4"):
-        read(tmp_path / "x.png", 4)
+    with pytest.raises(ValueError, match=f"gives 1 or 3 channels, but the model takes {channels}"):
+        read(tmp_path / "x.png", channels)
 
 
 # --- .npy files ----------------------------------------------------------------------------------
@@ -266,6 +273,7 @@ def test_images_of_normalises_uint8_and_png_alike(tmp_path, rng, mean, std):
         (np.zeros(4), 1, r"shape \[4\] is not that of images"),
         (np.zeros((1, 1, 3, 4, 6)), 3, "is not that of images"),
         (np.zeros((0, 3, 4, 6)), 3, "holds no image"),
+        (np.zeros((2, 3, 0, 6)), 3, "holds no image"),
         (np.zeros((1, 3, 4, 6), int), 3, "dtype int64 is not read"),
         (np.zeros((1, 3, 4, 6), bool), 3, "dtype bool is not read"),
         (np.zeros((1, 3, 4, 6), complex), 3, "dtype complex128 is not read"),
@@ -344,17 +352,17 @@ def linear_scores(images):
     return images.mean(axis=(2, 3), dtype=np.float64) @ np.arange(1, 1 + images.shape[1])
 
 
-def patch_model(path, shape):
+def patch_model(path, shape, dtype=FLOAT):
     """Outputs: a patch map (2x2 average pool of the first channel mean), and decoy features."""
     nodes = [
         helper.make_node("ReduceMean", ["x"], ["mean"], axes=[1], keepdims=1),
         helper.make_node("AveragePool", ["mean"], ["patches"], kernel_shape=[2, 2], strides=[2, 2]),
         helper.make_node("Neg", ["x"], ["features"]),
     ]
-    inputs = [helper.make_tensor_value_info("x", FLOAT, shape)]
+    inputs = [helper.make_tensor_value_info("x", dtype, shape)]
     outputs = [
-        helper.make_tensor_value_info("patches", FLOAT, [shape[0], 1, None, None]),
-        helper.make_tensor_value_info("features", FLOAT, shape),
+        helper.make_tensor_value_info("patches", dtype, [shape[0], 1, None, None]),
+        helper.make_tensor_value_info("features", dtype, shape),
     ]
     return save_model(path, nodes, inputs, outputs)
 
@@ -415,6 +423,13 @@ def test_score_is_the_mean_of_the_first_output(tmp_path, rng, dim):
     np.testing.assert_allclose(score.score(str(path), images), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_score_of_a_map_is_finer_than_the_output_of_the_model(tmp_path, rng):
+    path = patch_model(tmp_path / "disc.onnx", ["batch", 3, 4, 6], TensorProto.FLOAT16)
+    images = rng.normal(size=(5, 3, 4, 6)).astype(np.float16)
+    (patches,) = ort.InferenceSession(path).run(["patches"], {"x": images})
+    np.testing.assert_array_equal(score.score(path, images), patches.mean(axis=(1, 2, 3), dtype=np.float64))
+
+
 @pytest.mark.parametrize("dtype", ["FLOAT16", "FLOAT", "DOUBLE"])
 def test_score_casts_to_the_input_type_of_the_model(tmp_path, rng, dtype):
     path = linear_model(tmp_path / "d.onnx", ["batch", 3, 4, 6], getattr(TensorProto, dtype))
@@ -433,12 +448,13 @@ def test_score_refuses_batch_zero(model):
         score.score(model, np.zeros((1, 3, 4, 6), np.float32), 0)
 
 
-def test_score_refuses_output_without_batch(tmp_path):
-    nodes = [helper.make_node("ReduceMean", ["x"], ["y"], axes=[0, 1, 2, 3], keepdims=0)]
+@pytest.mark.parametrize(("axes", "left"), [([0, 1, 2, 3], []), ([0], [3, 4, 6])])
+def test_score_refuses_output_without_batch(tmp_path, axes, left):
+    nodes = [helper.make_node("ReduceMean", ["x"], ["y"], axes=axes, keepdims=0)]
     inputs = [helper.make_tensor_value_info("x", FLOAT, ["n", 3, 4, 6])]
-    outputs = [helper.make_tensor_value_info("y", FLOAT, [])]
+    outputs = [helper.make_tensor_value_info("y", FLOAT, left)]
     path = save_model(tmp_path / "disc.onnx", nodes, inputs, outputs)
-    with pytest.raises(ValueError, match=r"first output 'y' has shape \[\] for 1 images"):
+    with pytest.raises(ValueError, match=rf"first output 'y' has shape {re.escape(str(left))} for 1 images"):
         score.score(path, np.zeros((1, 3, 4, 6), np.float32))
 
 
@@ -462,10 +478,11 @@ def test_score_reports_a_run_that_fails(tmp_path):
     "inputs",
     [
         [("x", FLOAT, ["n", 72])],
+        [("x", FLOAT, ["n", 3, 5, 4, 6])],
         [("x", TensorProto.INT64, ["n", 3, 4, 6])],
         [("x", FLOAT, ["n", 3, 4, 6]), ("label", FLOAT, ["n"])],
     ],
-    ids=["rank", "dtype", "label"],
+    ids=["rank 2", "rank 5", "dtype", "label"],
 )
 def test_model_input_refuses_other_inputs(tmp_path, inputs):
     nodes = [helper.make_node("Identity", ["x"], ["y"])]
@@ -606,6 +623,19 @@ def test_main_skips_and_lists_what_it_cannot_score(tmp_path, damaged, capsys, di
     np.testing.assert_allclose(scores, expected_of(damaged)[1], rtol=1e-5, atol=1e-6)
 
 
+def test_main_says_which_images_of_an_array_have_no_finite_score(model, tmp_path, capsys):
+    values = np.array([0, np.inf, -np.inf, np.nan])
+    with (tmp_path / "x.NPY").open("wb") as file:
+        np.save(file, np.broadcast_to(values[:, None, None, None], (4, 3, 4, 6)))
+    assert score.main([str(model), str(tmp_path / "x.NPY")]) == 1
+    names, scores, errors = zip(*rows_of(capsys.readouterr().out), strict=True)
+    assert names == tuple(f"{tmp_path / 'x.NPY'}[{i}]" for i in range(4))
+    assert scores == (0, None, None, None)
+    assert [error.split(";")[0] for error in errors[1:]] == [
+        f"the score is {x}" for x in ("inf", "-inf", "nan")
+    ]
+
+
 def test_main_goes_on_where_a_model_of_any_size_has_a_smallest_one(tmp_path, capsys):
     nodes = [helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[3, 3])]
     shape = ["n", 1, "h", "w"]
@@ -663,12 +693,15 @@ def test_main_needs_memory_for_a_few_batches(tmp_path, monkeypatch):
     assert peak < 4 * batch * 4 * np.prod(shape) + 2**18 < as_floats / 20
 
 
-def test_main_writes_a_file_in_one_step(model, folder, tmp_path, capsys):
+def test_main_writes_a_file_in_one_step(model, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))  # from there it would be several
     output = tmp_path / "scores.csv"
     output.write_text("old")
     assert score.main([str(model), str(folder), "-o", str(output)]) == 0
     assert capsys.readouterr() == ("", "")
     assert [name for name, *_ in rows_of(output.read_text())] == expected_of(folder)[0]
+    assert output.read_bytes().count(b"\n") == 5
+    assert b"\r" not in output.read_bytes()
     (tmp_path / "plain").touch()
     assert output.stat().st_mode == (tmp_path / "plain").stat().st_mode  # as any new file
 
@@ -703,7 +736,8 @@ def test_main_shows_progress_where_asked_to(model, damaged, capsys):
 
 
 @pytest.mark.parametrize(
-    ("terminals", "output", "shown"), [(2, True, True), (12, False, False), (0, True, False)]
+    ("terminals", "output", "shown"),
+    [(2, True, True), (2, False, True), (12, True, True), (12, False, False), (0, True, False)],
 )
 def test_main_shows_progress_on_a_terminal(model, folder, capsys, monkeypatch, terminals, output, shown):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminals == 12)
@@ -723,6 +757,7 @@ def files(tmp_path, monkeypatch, model, folder):
     baked_model(tmp_path / "baked.onnx")
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.onnx").write_text("no model")
+    os.mkfifo(tmp_path / "pipe")  # by root, /dev/null would become a file where this is not refused
     monkeypatch.chdir(tmp_path)
 
 
@@ -738,11 +773,13 @@ STOPPED = [
     ("disc.onnx images --batch 0", "--batch is 0; it must be 1 or more"),
     ("disc.onnx images --batch many", "argument --batch: invalid int value: 'many'"),
     ("disc.onnx images --std 0", "--mean 0.5 --std 0.0: they must be finite"),
+    ("disc.onnx images --std -1", "--mean 0.5 --std -1.0: they must be finite"),
+    ("disc.onnx images --std inf", "--mean 0.5 --std inf: they must be finite"),
     ("disc.onnx images --mean nan", "--mean nan --std 0.5: they must be finite"),
     ("disc.onnx images --format xml", "argument --format: invalid choice: 'xml'"),
     ("disc.onnx images --unknown", "unrecognized arguments: --unknown"),
     ("disc.onnx images -o empty", "-o empty is not a file; give the path"),
-    ("disc.onnx images -o /dev/null", "-o /dev/null is not a file"),
+    ("disc.onnx images -o pipe", "-o pipe is not a file"),
     ("disc.onnx images -o missing/x.csv", "-o missing/x.csv cannot be written: No such file or directory"),
 ]
 
