@@ -98,6 +98,22 @@ class Decision(nn.Module):
         return (scores, scores.argmax(1)) if self.with_scores else scores.argmax(1)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("wrap", [torch.jit.trace, lambda model, x: nn.DataParallel(model).eval()])
+def test_modules_that_functional_call_takes_only_as_a_part(tmp_path, wrap):
+    gm, x = transform(nn.Linear(4, 3)).eval(), torch.randn(2, 4)
+    export(gm, x, tmp_path / "d.onnx")
+    model = wrap(freeze(gm), x)
+    verify(tmp_path / "d.onnx", model, x)
+    with torch.no_grad():
+        next(model.parameters())[0] += 1
+    wrong = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(VerificationError, match="disagrees"):
+        verify(tmp_path / "d.onnx", model, x)
+    for parameter, before in zip(model.parameters(), wrong, strict=True):
+        torch.testing.assert_close(parameter, before, rtol=0, atol=0)
+
+
 def test_integer_outputs_must_be_equal(tmp_path):
     gm = transform(Decision()).eval()
     report = export(gm, torch.randn(8, 4), tmp_path / "d.onnx")

@@ -298,7 +298,9 @@ def _size_of_terms(model: nn.Module, batch: tuple[Any, ...], output: int) -> flo
     Rounding moves it by as many epsilons of that: for a sum of terms that cancel, their size. 0 where it
     jumps (sign, rounding) and does not move less when they do: else any difference would be granted.
     """
-    parameters = dict(model.named_parameters())
+    # functional_call takes some kinds of module as a part only: ScriptModule, DataParallel.
+    whole = _Whole(model)
+    parameters = dict(whole.named_parameters())
     floating = [t.dtype for t in (*parameters.values(), *tensors(batch)) if t.is_floating_point()]
     step = max((torch.finfo(dtype).eps for dtype in floating), default=0.0) ** 0.5
 
@@ -317,7 +319,7 @@ def _size_of_terms(model: nn.Module, batch: tuple[Any, ...], output: int) -> flo
 
         def run(*inputs: Any) -> Any:
             at = {name: moved(parameter) for name, parameter in parameters.items()}
-            return torch.func.functional_call(model, at, inputs)
+            return torch.func.functional_call(whole, at, inputs)
 
         there = [_outputs(run, pytree.tree_map(moved, batch))[output].double() for _ in range(8)]
         moves = [(t - here).abs() for t in there]
@@ -325,6 +327,17 @@ def _size_of_terms(model: nn.Module, batch: tuple[Any, ...], output: int) -> flo
 
     size, nearer = size_by(step), size_by(step / 16)
     return min(size, nearer) if nearer <= 2 * size else 0.0
+
+
+class _Whole(nn.Module):
+    """A model as a part of another."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.model(*inputs)
 
 
 def _decades(relative: np.ndarray) -> dict[str, int]:
