@@ -67,6 +67,8 @@ def test_verify_refuses_other_models_and_broken_files(exported, tmp_path):
         verify(path, gm, (x, x))
     with pytest.raises(VerificationError, match="gives an output of shape"):
         verify(path, nn.Flatten().eval(), x)
+    with pytest.raises(VerificationError, match=r"gives an output of shape \(2, 1\), and the model \(2,\)"):
+        verify(path, nn.Sequential(gm, nn.Flatten(0)).eval(), x)
     with pytest.raises(VerificationError, match="has 1 outputs, and the model has 2"):
         verify(path, transform(nn.Sequential(nn.Conv2d(3, 2, 8), Split())).eval(), x)
     with pytest.raises(VerificationError, match="ONNX Runtime cannot run"):
@@ -82,20 +84,34 @@ def test_verify_refuses_other_models_and_broken_files(exported, tmp_path):
         verify(path, copy.deepcopy(gm).train(), x)
 
 
-class Split(nn.Module):
-    def forward(self, x):
-        return x[:, :1], x[:, 1:]
+def test_the_figures_are_the_largest_of_all_batches(tmp_path):
+    gm = transform(nn.Linear(4, 3)).eval()
+    before = freeze(gm)
+    export(gm, torch.randn(2, 4), tmp_path / "d.onnx", dynamic_batch=True)
+    with torch.no_grad():
+        gm.get_parameter("weight")[0] += 0.01
+    batches = [scale * torch.randn(2, 4) for scale in (1, 100, 0.01)]
+    with pytest.raises(VerificationError, match="disagrees"):
+        verify(tmp_path / "d.onnx", gm, batches)
+    report = verify(tmp_path / "d.onnx", gm, batches, rtol=0.5)
+    with torch.no_grad():
+        absolute = [(before(x) - gm(x)).abs().max().item() for x in batches]
+        relative = [error / gm(x).abs().max().item() for error, x in zip(absolute, batches, strict=True)]
+    assert report.max_abs_error == pytest.approx(max(absolute), rel=1e-3)
+    assert report.max_rel_error == pytest.approx(max(relative), rel=1e-3)
+    assert report.rtol == 0.5
 
 
-class Decision(nn.Module):
-    def __init__(self, with_scores=False):
-        super().__init__()
-        self.lin = nn.Linear(4, 3)
-        self.with_scores = with_scores
-
-    def forward(self, x):
-        scores = self.lin(x)
-        return (scores, scores.argmax(1)) if self.with_scores else scores.argmax(1)
+def test_an_output_of_zeros_is_held_to_zeros(tmp_path):
+    """Which no difference is relative to."""
+    gm = transform(nn.Sequential(nn.Linear(4, 3), nn.ReLU())).eval()
+    x = torch.randn(8, 4)
+    export(gm, x, tmp_path / "d.onnx")
+    with torch.no_grad():
+        gm.get_parameter("0.bias")[:] = -100
+    assert not gm(x).any()
+    with pytest.raises(VerificationError, match="disagrees"):
+        verify(tmp_path / "d.onnx", gm, x)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -114,17 +130,36 @@ def test_modules_that_functional_call_takes_only_as_a_part(tmp_path, wrap):
         torch.testing.assert_close(parameter, before, rtol=0, atol=0)
 
 
-def test_integer_outputs_must_be_equal(tmp_path):
-    gm = transform(Decision()).eval()
+class Split(nn.Module):
+    def forward(self, x):
+        return x[:, :1], x[:, 1:]
+
+
+class Decision(nn.Module):
+    def __init__(self, kind="class"):
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+        self.kind = kind
+
+    def forward(self, x):
+        scores = self.lin(x)
+        if self.kind == "signs":
+            return scores > 0
+        return (scores, scores.argmax(1)) if self.kind == "both" else scores.argmax(1)
+
+
+@pytest.mark.parametrize("kind", ["class", "signs"])
+def test_outputs_without_fractions_must_be_equal(tmp_path, kind):
+    gm = transform(Decision(kind)).eval()
     report = export(gm, torch.randn(8, 4), tmp_path / "d.onnx")
     assert (report.rtol, report.max_abs_error) == (0.0, 0.0)
-    other = transform(Decision()).eval()
+    other = transform(Decision(kind)).eval()
     with pytest.raises(VerificationError, match=r"limit 0.000e\+00"):
         verify(tmp_path / "d.onnx", other, torch.randn(8, 4))
 
 
 def test_the_limit_reported_is_the_largest_of_the_outputs(tmp_path):
-    report = export(transform(Decision(with_scores=True)).eval(), torch.randn(8, 4), tmp_path / "d.onnx")
+    report = export(transform(Decision("both")).eval(), torch.randn(8, 4), tmp_path / "d.onnx")
     assert report.max_rel_error <= report.rtol == LIMITS["fp32"]
 
 
@@ -137,6 +172,14 @@ def test_structure_refuses_what_the_stock_exporter_leaves(tmp_path):
     match = r"stock.onnx has other operators .* without spectral norm: 1 Div for 0, .*2 MatMul for 0"
     with pytest.raises(VerificationError, match=match):
         verify(tmp_path / "stock.onnx", gm, x, structure=True)
+
+
+def test_structure_is_that_of_the_opset_of_the_file(tmp_path):
+    """GELU is an operator from 20 on."""
+    gm, x = transform(nn.Sequential(nn.Linear(4, 3), nn.GELU())).eval(), torch.randn(2, 4)
+    assert "Gelu" in export(gm, x, tmp_path / "d.onnx", opset_version=20).nodes
+    assert "Erf" in export(gm, x, tmp_path / "d.onnx", opset_version=18).nodes
+    assert "Erf" in verify(tmp_path / "d.onnx", gm, x, structure=True).nodes
 
 
 # --- A score near zero is the small difference of large terms ---
@@ -195,11 +238,12 @@ def test_an_output_that_jumps_is_not_excused(tmp_path):
     """How far it moves when the weights do says nothing of the size of its terms."""
     gm, other = transform(Jump()).eval(), transform(Jump()).eval()
     x = torch.randn(64, 8)
-    export(gm, x, tmp_path / "j.onnx")
+    export(gm, x, tmp_path / "j.onnx", dynamic_batch=True)
     with pytest.raises(VerificationError, match=r"disagrees .* max abs error 2\.000e\+00"):
         verify(tmp_path / "j.onnx", other, x)
-    with pytest.raises(VerificationError, match="disagrees"):
-        verify(tmp_path / "j.onnx", other, x, rtol=0.1)
+    for rows in (64, 16_384):  # of so many some jump by the smaller of two steps, too
+        with pytest.raises(VerificationError, match="disagrees"):
+            verify(tmp_path / "j.onnx", other, torch.randn(rows, 8), rtol=0.1)
 
 
 def test_nan_that_agrees(tmp_path):
@@ -219,16 +263,21 @@ def test_nan_that_agrees(tmp_path):
         verify(tmp_path / "s.onnx", other, one)
 
 
-def test_infinities_that_agree(tmp_path):
+@pytest.mark.parametrize("fill", [-torch.inf, torch.nan])
+def test_nan_and_inf_in_some_places(tmp_path, fill):
     class Masked(nn.Linear):
         def forward(self, x):
-            return super().forward(x).masked_fill(x[:, :3] > 0, -torch.inf)
+            return super().forward(x).masked_fill(x[:, :3] > 0, fill)
 
-    gm = transform(nn.Sequential(Masked(4, 3))).eval()
+    gm, plain = (transform(nn.Sequential(kind(4, 3))).eval() for kind in (Masked, nn.Linear))
+    plain.load_state_dict(gm.state_dict())
     x = torch.randn(16, 4)
-    assert gm(x).isinf().any()
+    assert not gm(x).isfinite().all()
     export(gm, x, tmp_path / "m.onnx")
+    export(plain, x, tmp_path / "p.onnx")
     with torch.no_grad():
-        gm.get_parameter("0.bias")[0] += 1
-    with pytest.raises(VerificationError, match="disagrees"):
-        verify(tmp_path / "m.onnx", gm, x)
+        moved = copy.deepcopy(gm)
+        moved.get_parameter("0.bias")[0] += 1
+    for name, model in (("m", moved), ("m", plain), ("p", gm)):
+        with pytest.raises(VerificationError, match="disagrees"):
+            verify(tmp_path / f"{name}.onnx", model, x)
