@@ -21,6 +21,7 @@ from torch import nn
 
 from specnorm_fx import freeze, transform
 from specnorm_fx.onnx import VerificationError, export, verify
+from specnorm_fx.onnx.batches import random_batches
 from specnorm_fx.onnx.external_data import remove_older
 from tests.models import MODELS, Discriminator, Labelled, Tied, case_named
 from tests.onnx_files import operators, plain_export, trained
@@ -101,6 +102,24 @@ def test_initializers_are_the_frozen_weights(tmp_path):
         np.testing.assert_array_equal(stored[name], frozen[name].numpy().T)
 
 
+def test_initializers_of_one_shape_have_their_own_names(tmp_path):
+    class Turned(nn.Module):
+        """Called in another order than it has them."""
+
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.last(self.first(x))
+
+    gm = transform(Turned()).eval()
+    export(gm, torch.randn(2, 5, 6), tmp_path / "t.onnx")
+    stored = {i.name: numpy_helper.to_array(i) for i in onnx.load(tmp_path / "t.onnx").graph.initializer}
+    for name, weight in freeze(gm).named_parameters():
+        np.testing.assert_array_equal(stored[name], weight.detach().numpy().T)
+
+
 def test_the_stock_exporter_leaves_sigma_in(tmp_path):
     """What this module is for: torch's own spectral norm above 8192 elements (see docs/design.md)."""
     model = nn.utils.parametrizations.spectral_norm(nn.Linear(128, 128)).eval()
@@ -175,6 +194,16 @@ def test_dynamic_batch(tmp_path):
         args = case_named("labelled").inputs(batch)
         (got,) = session.run(None, dict(zip(("x", "label"), (a.numpy() for a in args), strict=True)))
         torch.testing.assert_close(torch.from_numpy(got), gm(*args).detach(), rtol=2e-5, atol=2e-6)
+
+
+def test_random_batches():
+    args, free = (torch.randn(2, 4), torch.tensor([9, 3])), [{0: "batch", 1: None}, {0: "batch"}]
+    batches = random_batches(args, free, 6)
+    assert [x.shape for x, _ in batches] == [(n, 3 + n) for n in range(1, 7)]
+    assert [len(labels) for _, labels in batches] == list(range(1, 7))
+    assert {*torch.cat([labels for _, labels in batches]).tolist()} == {3, 9}
+    assert len({x[0, 0].item() for x, _ in batches}) == 6
+    torch.testing.assert_close(random_batches(args, free, 6), batches, rtol=0, atol=0)
 
 
 def test_dynamic_shapes_names_and_opset(tmp_path):
