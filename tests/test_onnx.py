@@ -21,7 +21,7 @@ from torch import nn
 
 from specnorm_fx import freeze, transform
 from specnorm_fx.onnx import VerificationError, export, verify
-from specnorm_fx.onnx.batches import random_batches
+from specnorm_fx.onnx.batches import dynamic_dimensions, random_batches
 from specnorm_fx.onnx.external_data import remove_older
 from tests.models import MODELS, Discriminator, Labelled, Tied, case_named
 from tests.onnx_files import operators, plain_export, trained
@@ -206,6 +206,19 @@ def test_random_batches():
     torch.testing.assert_close(random_batches(args, free, 6), batches, rtol=0, atol=0)
 
 
+def test_random_batches_keep_sizes_without_names_together():
+    """Which may have to be the same."""
+    args, free = (torch.randn(2, 4), torch.randn(4, 2)), [{0: None, 1: None}] * 2
+    shapes = [[x.shape for x in batch] for batch in random_batches(args, free, 3)]
+    assert shapes == [[(n, n)] * 2 for n in (1, 2, 3)]
+
+
+def test_axes_come_before_dynamic_batch():
+    args, axes = (torch.randn(2, 4), torch.tensor(1.0), torch.randn(2)), {"x": {0: "rows", 1: None}}
+    free = dynamic_dimensions(args, ["x", "scale", "y"], axes, dynamic_batch=True)
+    assert free == [{0: "rows", 1: None}, {}, {0: "batch"}]
+
+
 def test_dynamic_shapes_names_and_opset(tmp_path):
     conv = transform(nn.Sequential(nn.Conv1d(1, 4, 3))).eval()
     length = torch.export.Dim("length")
@@ -258,18 +271,19 @@ def test_named_dimensions(tmp_path):
     assert verify(tmp_path / "c.onnx", gm, batches, structure=True).nodes == report.nodes
 
 
-def test_an_output_that_is_an_input(tmp_path):
+def test_outputs_that_are_an_input_or_a_parameter(tmp_path):
     """Of feature maps the first is often the input."""
 
     class Maps(nn.Linear):
         def forward(self, x):
-            return super().forward(x), x
+            return super().forward(x), x, self.bias
 
     gm = transform(nn.Sequential(Maps(4, 3))).eval()
     export(gm, torch.randn(2, 4), tmp_path / "d.onnx", dynamic_batch=True)
     graph = onnx.load(tmp_path / "d.onnx").graph
     assert [value.name for value in graph.input] == ["input"]
-    assert [value.name for value in graph.output][1] == "input_output"
+    assert [value.name for value in graph.output][1:] == ["input_output", "0.bias"]
+    assert {"0.weight", "0.bias"} <= {initializer.name for initializer in graph.initializer}
 
 
 def test_named_dimensions_beside_numbers(tmp_path):
@@ -337,6 +351,7 @@ def test_large_weights_stand_in_a_file_of_their_own(tmp_path, monkeypatch):
     [
         ({"axes": {"y": {0: "n"}}}, r"axes must name inputs \(x\), got y"),
         ({"axes": {"x": {2: "n"}}}, r"axes\['x'\] must name dimensions from 0 to 1, got 2"),
+        ({"axes": {"x": {-1: "n"}}}, r"axes\['x'\] must name dimensions from 0 to 1, got -1"),
         ({"axes": {"x": {0: "a b"}}}, r"axes\['x'\]\[0\] must be a Python identifier or None, got 'a b'"),
         (
             {"axes": {"x": {1: "n"}}},
@@ -534,6 +549,12 @@ class Two(nn.Module):
 
     def forward(self, x, y):
         return self.lin(x) - 2 * self.lin(y)
+
+
+def test_dynamic_shapes_left_to_the_exporter(tmp_path):
+    gm, x = transform(nn.Linear(4, 3)).eval(), torch.randn(2, 4)
+    export(gm, x, tmp_path / "d.onnx", dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    verify(tmp_path / "d.onnx", gm, torch.randn(7, 4))
 
 
 def test_dynamic_shapes_that_the_model_fixes(tmp_path):

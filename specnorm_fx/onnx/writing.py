@@ -207,7 +207,7 @@ def _name_outputs_(model: Any, output_names: Sequence[str]) -> None:
         )
     given = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
     for value in model.graph.outputs[len(output_names) :]:
-        if value.name in given and not value.is_graph_input():
+        if value.name in given and not (value.is_graph_input() or value.is_initializer()):
             value.name = f"{value.name}_output"
     computed = [value.name for node in model.graph for value in node.outputs]
     named = Counter([*(value.name for value in model.graph.inputs), *model.graph.initializers, *computed])
