@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import logging
 
 import numpy as np
 import onnx
@@ -87,6 +88,22 @@ def test_half_precision_inside_and_fp32_outside(precision, files, folded):
     assert report.rtol == LIMITS[precision] == 16 * torch.finfo(dtype).eps
     with pytest.raises(VerificationError, match="disagrees"):
         verify(report.path, folded[0], x, rtol=LIMITS["fp32"])
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "x"),
+    [
+        (lambda: nn.ConvTranspose2d(3, 8, 3), nn.BatchNorm2d, torch.randn(2, *IMAGES)),
+        (lambda: nn.Linear(3, 8), nn.BatchNorm1d, torch.randn(2, 3)),
+    ],
+    ids=["ConvTranspose", "Gemm"],
+)
+def test_bf16_of_what_is_folded_in_fp32(layer, norm, x, tmp_path):
+    gm = transform(nn.Sequential(layer(), norm(8))).eval()
+    export(gm, x, tmp_path / "b.onnx", precision="bf16", opset_version=22)
+    stored = {i.name: i.data_type for i in onnx.load(tmp_path / "b.onnx").graph.initializer}
+    assert "0.weight" in stored
+    assert {*stored.values()} == {TensorProto.BFLOAT16}
 
 
 def test_bf16_is_run_by_the_reference_evaluator(files):
@@ -259,6 +276,15 @@ def test_int8_leaves_grouped_transposed_convolutions(tmp_path):
         "1.weight_quantized": TensorProto.INT8,
         "2.weight_quantized": TensorProto.INT8,
     }
+
+
+def test_int8_leaves_logging_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.root.manager, "disable", logging.DEBUG)
+    handlers = [*logging.root.handlers]
+    gm, x = transform(nn.Linear(8, 3)).eval(), torch.randn(4, 8)
+    export(gm, x, tmp_path / "q.onnx", precision="int8", calibration=x)
+    assert logging.root.manager.disable == logging.DEBUG
+    assert logging.root.handlers == handlers
 
 
 def test_int8_ranges_are_those_of_all_batches(tmp_path):
