@@ -330,6 +330,8 @@ def test_of_older_weights_those_of_the_same_graph_are_removed(tmp_path):
         (tmp_path / name).touch()
     remove_older(tmp_path / "d[1].onnx", current)
     assert {file.name for file in tmp_path.iterdir()} == {current, *others}
+    remove_older(tmp_path / "d[1].onnx", None)  # a graph with its weights in itself
+    assert {file.name for file in tmp_path.iterdir()} == {*others}
 
 
 def test_large_weights_stand_in_a_file_of_their_own(tmp_path, monkeypatch):
