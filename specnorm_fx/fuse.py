@@ -213,6 +213,7 @@ class _Match:
         views: The weight as a matrix and its transposes, which others may read as well.
         nodes: What the operator replaces, in order of the graph; nothing where there is no iteration and the
             division is to stay.
+        numbers: Each eps that is a node, which can be far ahead of the rest.
     """
 
     weight: fx.Node
@@ -227,6 +228,7 @@ class _Match:
     quotient: fx.Node | None
     views: list[fx.Node]
     nodes: list[fx.Node]
+    numbers: list[fx.Node]
 
     @property
     def iterations(self) -> int:
@@ -309,9 +311,12 @@ def _match(
         nodes |= set(clones)
     if quotient is not None:
         nodes |= {*views, product, sigma, quotient}
-    in_order = sorted(nodes, key=order.__getitem__)
+    numbers = [node for update in updates if isinstance(node := update.kwargs.get("eps"), fx.Node)]
+    in_order = sorted(nodes.difference(numbers), key=order.__getitem__)
     views += [node for node in products if not _calls(node, torch.mv)]
-    return _Match(weight, u, v, updates, eps, dim, direction, u_used, v_used, quotient, views, in_order)
+    return _Match(
+        weight, u, v, updates, eps, dim, direction, u_used, v_used, quotient, views, in_order, numbers
+    )
 
 
 def _weight_of(weight_mat: fx.Node) -> tuple[fx.Node, int, list[fx.Node]]:
@@ -398,7 +403,7 @@ class _Others:
         self.barriers: list[fx.Node] = []
         self.readers: dict[int, fx.Node] = {}
         self.writers: dict[int, fx.Node] = {}
-        self.results = set(graph.output_node().all_input_nodes)
+        self.results = {_storage(node) for node in graph.output_node().all_input_nodes}
         self.returned: dict[Any, _Match] = {}
         for node in graph.nodes:
             if node in self.replaced or node.op in ("placeholder", "get_attr", "output"):
@@ -422,10 +427,10 @@ class _Others:
                 return f"{name} is read by {self.readers[storage].name} as well"
         if match.quotient is not None and (storage := _storage(match.quotient)) in self.writers:
             return f"W / sigma may be changed in place by {self.writers[storage].name}"
-        if match.quotient in self.results and not match.updates:
+        if match.quotient is not None and _storage(match.quotient) in self.results and not match.updates:
             # AOTAutograd makes one call of two equal ones; their results, of which one may carry no gradient,
-            # would be one tensor.
-            key = (match.weight, match.u, match.v, match.dim)
+            # would be one tensor. Equal are those of a computed weight, too, computed twice.
+            key = (_storage(match.u), _storage(match.v), match.dim)
             if self.returned.setdefault(key, match) is not match:
                 return "the graph has it among its results more than once"
         shared = {match.quotient, *match.updates, *match.views}
@@ -460,7 +465,7 @@ def _may_write(node: fx.Node) -> bool:
         values = [getattr(node.graph.owning_module, name, None) for name in read]
         bodies = [value.graph for value in values if isinstance(value, fx.GraphModule)]
         return not bodies or any(_may_write(inner) for body in bodies for inner in body.nodes)
-    if node.op == "call_module":
+    if node.op == "call_module" or _is_foreign(node):
         return True
     overloads = [node.target] if isinstance(node.target, torch._ops.OpOverload) else []
     if isinstance(node.target, torch._ops.OpOverloadPacket):  # torch.ops.mylib.clip, as Dynamo finds it
@@ -469,8 +474,20 @@ def _may_write(node: fx.Node) -> bool:
         arguments = [argument for overload in overloads for argument in overload._schema.arguments]
         written = [a for a in arguments if a.alias_info is not None and a.alias_info.is_write]
         return any(not a.is_out or a.name in node.kwargs for a in written)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = _name(node)
     return (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _IN_PLACE
+
+
+def _is_foreign(node: fx.Node) -> bool:
+    """Whether a node calls code that nobody looks into: what is ``allow_in_graph``, or one of NumPy's."""
+    if node.op != "call_function" or isinstance(
+        node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket
+    ):
+        return False
+    module = getattr(node.target, "__module__", None) or "torch"  # methods in C have none
+    # Dynamo's names for what calls NumPy, and an autograd.Function that is allow_in_graph.
+    is_wrapper = _name(node).startswith(("wrapped_", "trampoline_"))
+    return is_wrapper or module.partition(".")[0] not in ("torch", "_operator", "builtins", "math")
 
 
 def _argument(node: fx.Node, name: str) -> Any:
@@ -520,10 +537,21 @@ def _share_vectors(match: _Match, other: _Match) -> bool:
     return bool(vectors[0] & vectors[1]) and bool(match.updates or other.updates)
 
 
+def _is_singled_out(match: _Match) -> bool:
+    """Whether a gradient is asked for at this ``W / sigma``, where it must not count for other readers."""
+    users = [] if match.quotient is None else match.quotient.users
+    return any(_name(user) in ("grad", "backward", "register_hook", "retain_grad") for user in users)
+
+
 def _parted(batch: list[_Match]) -> list[list[_Match]]:
-    """Those with and those without the division, which takes another operator."""
-    parts = [[match for match in batch if (match.quotient is None) == only] for only in (False, True)]
-    return [part for part in parts if part]
+    """Those whose results carry a gradient, those that do not, and those without the division.
+
+    All results of an operator carry one if any does, and the last take another operator.
+    """
+    parts: dict[bool | None, list[_Match]] = {True: [], False: [], None: []}
+    for match in batch:
+        parts[None if match.quotient is None else _value(match.quotient).requires_grad].append(match)
+    return [part for part in parts.values() if part]
 
 
 def _replace_(
@@ -538,7 +566,7 @@ def _replace_(
     ``renamed`` maps each ``W / sigma`` so far to what took its place: it can be a weight here.
     """
     # In eval mode a module that is called twice gives one weight twice.
-    keys = [(m.weight, m.u, m.v, m.dim, m if m.updates else None) for m in matches]
+    keys = [(m.weight, m.u, m.v, m.dim, m if m.updates or _is_singled_out(m) else None) for m in matches]
     sites = dict(zip(keys, matches, strict=True))
     columns = list(sites.values())
     weights = [renamed.get(m.weight, m.weight) for m in columns]
@@ -598,12 +626,17 @@ def _erase_(graph: fx.Graph, match: _Match) -> None:
     for k, update in enumerate(match.updates):
         # What remains is the graph's result, of which Dynamo makes the module's buffer.
         update.replace_all_uses_with(vectors[k % 2])
-    for node in reversed(match.nodes):
-        if not node.users:
+    for node in [*reversed(match.nodes), *dict.fromkeys(match.numbers)]:
+        if not node.users and node.op != "placeholder":
             graph.erase_node(node)
 
 
 # --- Nodes ---
+
+
+def _name(node: fx.Node) -> str:
+    """Of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _calls(node: Any, *functions: Any) -> bool:

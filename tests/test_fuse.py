@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+from torch.nn.utils import parametrize
 from torch.nn.utils import spectral_norm as hook_sn
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -384,6 +385,51 @@ def test_dynamic_shapes():
     assert [use.fqn for use in backend.fused] == ["conv1.weight", "conv2.weight"] * 2
 
 
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def halved_before(sn, **options):
+    """A layer whose spectral norm is that of a weight that is computed."""
+    layer = nn.Linear(4, 4)
+    parametrize.register_parametrization(layer, "weight", Halved())
+    return sn(layer, **options).double()
+
+
+def test_an_eps_that_is_an_input_is_far_from_a_weight_that_is_computed():
+    """Read once, for the first of two calls; the second one's weight comes after that."""
+    model = halved_before(torch_sn, eps=1e-10)
+    eager, backend = copy.deepcopy(model), Fusing()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    got, want = torch.compile(lambda x: model(model(x)), backend=backend, dynamic=True)(x), eager(eager(x))
+    assert relative_error(got, want) < TOLERANCE
+    assert len(backend.fused) == 2
+    # And not across a change of state that it lies before.
+    torch._dynamo.reset()
+    got = torch.compile(lambda x: part_without_gradient(model, x), backend=backend, dynamic=True)(x)
+    assert relative_error(got, part_without_gradient(eager, x)) < TOLERANCE
+    assert len(backend.fused) == 4
+    assert not backend.calls("item")
+
+
+@APIS
+@pytest.mark.parametrize("training", [True, False])
+def test_a_frozen_weight_beside_others_needs_no_gradient(sn, training):
+    """All results of one operator would carry one."""
+    model = nn.ModuleList([sn(nn.Linear(6, 6)), sn(nn.Linear(6, 6))]).double().train(training)
+    eager, backend = copy.deepcopy(model), Fusing()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    results = []
+    for m, compiler in ((model, torch.compile(backend=backend)), (eager, lambda f: f)):
+        m[1].requires_grad_(False)
+        results.append(compiler(lambda m, x: (m[0](x), m[1](x)))(m, x))
+    for got, want, trained in zip(*results, (True, False), strict=True):
+        assert relative_error(got, want) < TOLERANCE
+        assert got.requires_grad == want.requires_grad == trained
+    assert len(backend.fused) == len(backend.calls(ops.normalize)) == 2
+
+
 def test_reference_is_torch_bit_for_bit():
     case = case_named("discriminator")
     model = with_sn(case, torch_sn, n_power_iterations=2).float()
@@ -480,6 +526,47 @@ def clip_by_an_operator(model, x):
         return before - model(x) + norm
 
 
+@torch._dynamo.allow_in_graph
+def clip_unseen(weight, limit):
+    return weight.clamp_(-limit, limit).norm()
+
+
+def clip_by_a_function(model, x):
+    weight = model.parametrizations.weight.original
+    with torch.no_grad():
+        before = model(x)
+        norm = clip_unseen(weight, 0.1)
+        return before - model(x) + norm
+
+
+@torch._dynamo.allow_in_graph
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight):
+        ctx.mark_dirty(weight)
+        return weight.mul_(2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def double_unseen(model, x):
+    with torch.no_grad():
+        first, second = model.weight, model.weight
+        doubled = Doubled.apply(second)
+        return F.linear(x, first) + F.linear(x, second) + F.linear(x, doubled)
+
+
+def raise_by_numpy(model, x):
+    weight = model.parametrizations.weight.original
+    with torch.no_grad():
+        before = model(x)
+        array = weight.detach().numpy()
+        array += 1
+        return before - model(x)
+
+
 def drop_in_place(model, x):
     return F.linear(x, F.leaky_relu(model.weight, 0.2, True), model.bias)
 
@@ -546,6 +633,9 @@ def divide_without_gradient(model, x):
         (square, "the weight may be changed in place by"),
         (clip_by_a_layer, "the weight may be changed in place by"),
         (clip_by_an_operator, "the weight may be changed in place by"),
+        (clip_by_a_function, "the weight may be changed in place by"),
+        (double_unseen, "u may be changed in place by normalize"),  # of the second read, which stays
+        (raise_by_numpy, "the weight may be changed in place by"),
         (drop_in_place, "W / sigma may be changed in place by"),
         (cut_rows, "W / sigma may be changed in place by"),
         (read_u, "u is read by sum_1 as well"),
@@ -708,6 +798,60 @@ def test_one_weight_twice_among_the_results(inner, doubled):
     assert relative_error(*stored) < TOLERANCE
     results[0][1].detach().zero_()
     assert results[0][0].any()
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_one_weight_twice_among_the_results_by_other_nodes(computed):
+    """Views of it, and one that another parametrization computes each time."""
+    model = (halved_before(torch_sn) if computed else torch_sn(nn.Linear(4, 4)).double()).eval()
+    twin = copy.deepcopy(model)
+
+    def call(model, x):
+        with torch.no_grad():
+            target = model.weight.flatten()
+        weight = model.weight
+        return target, weight.flatten(), F.linear(x, weight)
+
+    x = torch.randn(2, 4, dtype=torch.float64)
+    compiled = torch.compile(call, backend="specnorm", options={"inner": "aot_eager"})
+    results = [compiled(model, x), call(twin, x)]
+    for a, b in zip(*results, strict=True):
+        assert a.requires_grad == b.requires_grad
+        assert relative_error(a, b) < TOLERANCE
+    for _, weight, out in results:
+        (weight.exp().sum() + out.exp().sum()).backward()
+    stored = [m.parametrizations.weight.original.grad for m in (model, twin)]
+    assert relative_error(*stored) < TOLERANCE
+    results[0][1].detach().zero_()
+    assert results[0][0].any()
+
+
+def double_the_gradient_of_one_read(model, x):
+    first, second = model.weight, model.weight
+    first.register_hook(lambda gradient: 2 * gradient)
+    return F.linear(x, first).sin() * F.linear(x, second)
+
+
+def differentiate_by_one_read(model, x):
+    first, second = model.weight, model.weight
+    product = F.linear(x, first).sin() * F.linear(x, second)
+    return torch.autograd.grad(product.sum(), first)[0]
+
+
+@pytest.mark.parametrize("function", [double_the_gradient_of_one_read, differentiate_by_one_read])
+def test_the_gradient_of_one_read_is_not_that_of_all(function):
+    """In eval mode, where all reads are one weight otherwise."""
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("this PyTorch does not capture torch.autograd.grad")
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        backend = compare(
+            torch_sn(nn.Linear(6, 6)).double().eval(),
+            function,
+            (torch.randn(4, 6, dtype=torch.float64),),
+        )
+    assert len(backend.fused) == 2
+    (call,) = backend.calls(ops.normalize)
+    assert len(call.args[0]) == 2
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
