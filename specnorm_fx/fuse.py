@@ -544,14 +544,9 @@ def _is_singled_out(match: _Match) -> bool:
 
 
 def _parted(batch: list[_Match]) -> list[list[_Match]]:
-    """Those whose results carry a gradient, those that do not, and those without the division.
-
-    All results of an operator carry one if any does, and the last take another operator.
-    """
-    parts: dict[bool | None, list[_Match]] = {True: [], False: [], None: []}
-    for match in batch:
-        parts[None if match.quotient is None else _value(match.quotient).requires_grad].append(match)
-    return [part for part in parts.values() if part]
+    """Those with and those without the division, which takes another operator."""
+    parts = [[match for match in batch if (match.quotient is None) == only] for only in (False, True)]
+    return [part for part in parts if part]
 
 
 def _replace_(

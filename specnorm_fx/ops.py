@@ -59,7 +59,7 @@ __all__ = [
 # The overload that the operators are. Compiled code is cached on disk by the names in its graph: whoever
 # changes what an operator takes, gives or saves for backward must change this, or users get the old
 # gradient with the new forward.
-REVISION = "r4"
+REVISION = "r5"
 
 ARGUMENTS = (
     "Tensor[] weights, Tensor[] us, Tensor[] vs, int[] n_power_iterations, float[] eps, int[] dims, "
@@ -337,6 +337,9 @@ class _Normalized(torch.autograd.Function):
         # the gradients of all W / sigma would be kept until the last of them is there.
         ctx._set_sequence_nr(_AS_SOON_AS_READY)
         ctx.eps, ctx.dims = eps, dims
+        # A frozen weight's result carries no gradient, though others of the call do.
+        needed = zip(normalized, ctx.needs_input_grad[5:], strict=True)
+        ctx.mark_non_differentiable(*(result for result, need in needed if not need))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*weights, *normalized, vectors, sigmas)
         return tuple(normalized)

@@ -416,7 +416,7 @@ def test_an_eps_that_is_an_input_is_far_from_a_weight_that_is_computed():
 @APIS
 @pytest.mark.parametrize("training", [True, False])
 def test_a_frozen_weight_beside_others_needs_no_gradient(sn, training):
-    """All results of one operator would carry one."""
+    """Though the same operator serves both."""
     model = nn.ModuleList([sn(nn.Linear(6, 6)), sn(nn.Linear(6, 6))]).double().train(training)
     eager, backend = copy.deepcopy(model), Fusing()
     x = torch.randn(3, 6, dtype=torch.float64)
@@ -427,7 +427,8 @@ def test_a_frozen_weight_beside_others_needs_no_gradient(sn, training):
     for got, want, trained in zip(*results, (True, False), strict=True):
         assert relative_error(got, want) < TOLERANCE
         assert got.requires_grad == want.requires_grad == trained
-    assert len(backend.fused) == len(backend.calls(ops.normalize)) == 2
+    assert len(backend.fused) == 2
+    assert len(backend.calls(ops.normalize)) == 1
 
 
 def test_reference_is_torch_bit_for_bit():

@@ -202,6 +202,23 @@ def test_only_part_of_the_weights_trains():
     assert gm.fc.weight.grad is not None
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_the_result_of_a_frozen_weight_carries_no_gradient(backend):
+    """Backward would go through the layers before it, for nothing."""
+    weights, *rest = arguments()
+    plain = [weight.clone().requires_grad_() for weight in weights]
+    weights = [weight.requires_grad_(k != 1) for k, weight in enumerate(weights)]
+    normalize = ops.normalize if backend is None else torch.compile(ops.normalize, backend=backend)
+    *_, normalized = normalize(weights, *rest)
+    *_, wanted = ops.normalize(plain, *rest)
+    assert [x.requires_grad for x in normalized] == [True, False, True]
+    assert all(map(torch.equal, normalized, wanted))
+    for results in (normalized, wanted):
+        sum(x.square().sum() * x.sum() for x in results).backward()
+    assert weights[1].grad is None
+    assert all(torch.equal(weights[k].grad, plain[k].grad) for k in (0, 2))
+
+
 def test_a_device_without_kernels_goes_by_the_reference(monkeypatch):
     given = arguments()
     want = ops.normalize(*given)
