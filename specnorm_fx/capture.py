@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -43,6 +43,7 @@ __all__ = [
     "export_trace",
     "find_weights",
     "inline",
+    "is_alias",
     "obstacle",
     "refuse_opaque_users",
     "share",
@@ -169,7 +170,8 @@ class Tracer(fx.Tracer):
         """As fx does."""
         self._precisions = 0  # regions of autocast around what runs
         self._without_gradient: set[fx.Node] = set()
-        with self._counted_precisions(), _NothingDrawn():
+        tensors = itertools.chain(root.parameters(), root.buffers()) if isinstance(root, nn.Module) else ()
+        with self._counted_precisions(), _NothingFixed(tensors):
             return super().trace(root, concrete_args)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
@@ -223,8 +225,16 @@ class Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
 
-class _NothingDrawn(TorchFunctionMode):
-    """Random numbers that are drawn while a trace runs would be the same in every forward."""
+class _NothingFixed(TorchFunctionMode):
+    """What runs while a trace does, and is not recorded, would be the same in every forward.
+
+    Random numbers that are drawn, and what is computed from parameters and buffers that the forward has taken
+    past the attributes of its modules (``self.parameters()``), which alone give proxies.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._own = {id(tensor) for tensor in tensors}
 
     def __enter__(self) -> Any:
         self._others = _other_generators()
@@ -233,7 +243,12 @@ class _NothingDrawn(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         own = (kwargs or {}).get("generator")
         before = _generators(own)
+        is_of_own = any(id(x) in self._own for x in tree_leaves((args, kwargs)))
+        if is_of_own and _is_of_values(func, types):
+            raise TraceError(_COMPUTED)
         result = func(*args, **(kwargs or {}))
+        if is_of_own and any(isinstance(x, Tensor) for x in tree_leaves(result)):
+            raise TraceError(_COMPUTED)
         if not all(map(torch.equal, before, _generators(own))):
             raise TraceError("a trace would fix the random numbers that are drawn here")
         return result
@@ -242,6 +257,24 @@ class _NothingDrawn(TorchFunctionMode):
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
         if exception[0] is None and _other_generators() != self._others:
             raise TraceError("a trace would fix what the forward draws from Python's or NumPy's random")
+
+
+_COMPUTED = (
+    "a trace would fix what is computed here from a parameter or buffer. It follows those that are read as "
+    "attributes (self.layer.weight), not self.parameters(), self._parameters[...] or a list of tensors"
+)
+
+
+# Functions whose result is no tensor, but comes from the elements of one; or that write to it, as also those
+# whose name ends in "_" and the operators like "+=".
+_OF_VALUES = {"__setitem__", "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__complex__"}
+
+
+def _is_of_values(func: Any, types: Any) -> bool:
+    """Whether a function reads or writes elements without giving a tensor, and is run, not recorded."""
+    name = getattr(func, "__name__", "")
+    writes = name.startswith("__i") if name.endswith("__") else name.endswith("_")
+    return (name in _OF_VALUES or writes) and not any(issubclass(kind, fx.Proxy) for kind in types)
 
 
 def _generators(own: torch.Generator | None) -> list[Tensor]:
@@ -433,11 +466,34 @@ def export_trace(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = No
         owner, name = owner_of(model, node.target)
         if not hasattr(owner, name):
             constant = attribute(exported, node.target)
+            if isinstance(constant, Tensor) and (fqn := _name_of(constant, model)):
+                node.target = fqn
+                continue
             if isinstance(constant, Tensor):
                 owner.register_buffer(name, constant, persistent=False)
             else:
                 setattr(owner, name, constant)
     return exported.graph
+
+
+def _name_of(constant: Tensor, model: nn.Module) -> str | None:
+    """The parameter or buffer that is a constant to ``torch.export``, as the forward has it from elsewhere.
+
+    From a list of tensors, or from a function that holds the model itself.
+    """
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return next((fqn for fqn, tensor in tensors if is_alias(constant, tensor)), None)
+
+
+def is_alias(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same elements in memory.
+
+    Args:
+        a: Any tensor.
+        b: Another.
+    """
+    kinds = {(x.layout, x.dtype, x.device) for x in (a, b)}
+    return kinds == {(torch.strided, a.dtype, a.device)} and a.is_set_to(b)
 
 
 def _bound(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -196,6 +196,7 @@ class SpectralNormPass(PassBase):
         else:
             with torch.enable_grad():  # as training runs it, so that a region without gradients shows
                 graph = trace(root)
+            _refuse_unstripped(root, adopted)
         weights = capture.find_weights(root, graph)
         fqns = {id(module): fqn for fqn, module in root.named_modules()}
         for weight in weights:  # a callable may ask which of the user's modules it is
@@ -429,6 +430,17 @@ def _refuse_hidden(
             raise ValueError(
                 f"{fqn!r} carries torch's spectral norm and cannot be taken over: {why}. Select the "
                 f"others by name, select=['...', ...], which leaves torch's own on this one."
+            )
+
+
+def _refuse_unstripped(root: nn.Module, adopted: Mapping[str, TorchSN]) -> None:
+    """A function that holds the model itself, not its copy, calls layers that still have torch's."""
+    for fqn, sn in adopted.items():
+        if any(capture.is_alias(x, vector) for x in root.buffers() for vector in (sn.u, sn.v)):
+            raise ValueError(
+                f"{fqn!r} carries torch's spectral norm and cannot be taken over: the forward reads it from "
+                f"elsewhere than from the model, as a function does that holds the model itself. Write it as "
+                f"the forward of a class."
             )
 
 

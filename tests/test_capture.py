@@ -444,6 +444,79 @@ def test_random_numbers_that_a_trace_would_fix(draw):
         transform(Noisy(draw))
 
 
+class Penalized(nn.Module):
+    """Adds something to the output that it computes from its own tensors."""
+
+    def __init__(self, penalty):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("offset", torch.zeros(4))
+        self.weights = [self.fc.weight]
+        self.penalty = penalty
+
+    def forward(self, x):
+        return self.fc(x) + self.penalty(self)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        lambda model: sum(p.square().sum() for p in model.parameters()),
+        lambda model: dict(model.named_parameters())["fc.weight"].T,
+        lambda model: model.fc._parameters["weight"].norm(),
+        lambda model: model.state_dict()["fc.weight"].norm(),
+        lambda model: torch.linalg.norm(model.weights[0]),
+        lambda model: 2 * next(model.buffers()),
+        lambda model: next(model.buffers()).add_(1),
+        lambda model: next(model.buffers()).__setitem__(0, 1) or 0,
+        lambda model: next(model.buffers()).__iadd__(1),
+    ],
+)
+def test_tensors_that_a_trace_would_fix(penalty):
+    """fx computes them while it traces, and the graph would have the numbers of that moment."""
+    model, x = Penalized(penalty), torch.randn(4, 4)
+    with pytest.raises(TraceError, match=r"(?s)would fix what is computed here.*test_capture.py.*model"):
+        transform(model)
+    assert not model.offset.any()
+    gm = transform(model, example_inputs=x, implementation="reference").eval()
+    with torch.no_grad():  # so that a number of the capture would show
+        for tensor in (*model.parameters(), model.offset):
+            tensor.add_(0.5)
+    plain = Penalized(penalty)
+    plain.load_state_dict(frozen_state_dict(gm))
+    plain.weights = [plain.fc.weight]
+    assert torch.equal(gm(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    "number", [lambda x: x[0].item(), lambda x: x.tolist()[0], lambda x: float(x), lambda x: 1 if x else 2]
+)
+def test_numbers_that_a_trace_would_fix(number):
+    model = Penalized(lambda model: number(next(model.buffers())))
+    model.offset = torch.zeros(1)
+    with pytest.raises(TraceError, match="would fix what is computed here"):
+        transform(model)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        lambda model: sum(p.numel() for p in model.parameters() if p.dim() > 1 and p.requires_grad),
+        lambda model: nn.functional.linear(model.fc(model.weights[0]), next(model.parameters())),
+    ],
+)
+def test_tensors_that_a_trace_follows(penalty):
+    model, x = Penalized(penalty), torch.randn(4, 4)
+    by_trace = transform(model, implementation="reference").eval()
+    vectors = {key: value for key, value in by_trace.state_dict().items() if key.endswith(("_u", "_v"))}
+    by_export = transform(model, example_inputs=x, implementation="reference").eval()
+    by_export.load_state_dict(model.state_dict() | vectors)
+    assert torch.equal(by_trace(x), by_export(x))
+    plain = Penalized(penalty)
+    plain.load_state_dict(frozen_state_dict(by_trace))
+    assert torch.equal(by_trace(x), plain(x))
+
+
 def test_random_numbers_as_of_the_input():
     class Augmented(nn.Module):
         def __init__(self):

@@ -240,6 +240,55 @@ def test_one_tensor_for_two_arguments():
     assert torch.equal(gm(real, fake), -gm(fake, real))
 
 
+class Holding(nn.Module):
+    """Has its tensors once more where ``torch.export`` does not look for parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.ones(4))
+        self.held = (self.fc.weight, [self.scale])
+
+    def forward(self, x):
+        weight, (scale,) = self.held
+        return self.fc(F.linear(x, weight)) * scale
+
+
+def test_tensors_that_are_held_elsewhere():
+    """To ``torch.export`` they are constants, without a gradient."""
+    model, x = Holding(), torch.randn(2, 4)
+    traced = transform(model, implementation="reference")
+    exported = transform(copy.deepcopy(model), example_inputs=x, implementation="reference")
+    exported.load_state_dict(traced.state_dict())
+    assert dict(exported.named_buffers()).keys() == {"scale", "fc.weight_u", "fc.weight_v"}
+    for gm in (traced, exported):
+        gm.scale.mul_(2)
+        gm(x).square().sum().backward()
+    assert torch.equal(traced(x), exported(x))
+    assert torch.equal(traced.fc.weight.grad, exported.fc.weight.grad)
+    plain = Holding()
+    plain.load_state_dict(frozen_state_dict(exported.eval()))
+    assert torch.equal(exported(x), plain(x))
+
+
+# torch 2.13 about its old hook.
+@pytest.mark.filterwarnings("ignore:The tensor attribute .* was assigned during export:UserWarning")
+@pytest.mark.parametrize("sn", [None, torch_sn, hook_sn])
+def test_a_function_that_holds_the_model(sn):
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1)), torch.randn(2, 4)
+    if sn is not None:
+        sn(model[0])
+    model.forward = lambda x: model[1](model[0](x))
+    if sn is not None:  # which is still on the layer that the function calls
+        with pytest.raises(ValueError, match=r"'0\.weight' carries torch's .* holds the model itself"):
+            transform(model, example_inputs=x)
+        return
+    gm = transform(model, example_inputs=x)
+    assert [site.fqn for site in gm.sites()] == ["0.weight", "1.weight"]
+    gm(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 # torch 2.13 about its old hook.
 @pytest.mark.filterwarnings(
     "ignore:The tensor attribute self.0.0.weight was assigned during export:UserWarning"
