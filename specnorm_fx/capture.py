@@ -9,6 +9,7 @@ import contextlib
 import copy
 import inspect
 import itertools
+import keyword
 import linecache
 import logging
 import operator
@@ -333,7 +334,7 @@ def symbolic_trace(model: nn.Module) -> fx.Graph:
         TraceError: The forward cannot be followed, or takes another path in eval mode than in training
             mode, and the message names the line; or it assigns a buffer.
         ValueError: A hook on the calls of the model is one of its methods, its forward is not that of its
-            class, or it has a ``__call__`` of its own.
+            class, it has a ``__call__`` of its own, or the graph would read a name that is a keyword.
     """
     if "forward" in vars(model):
         raise ValueError(
@@ -366,10 +367,20 @@ def symbolic_trace(model: nn.Module) -> fx.Graph:
             f"Use a module that switches by itself (nn.Dropout instead of F.dropout(..., self.training))."
         )
     _check_assigned(copied, other)
+    _refuse_keywords(str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module"))
     for node in graph.nodes:
         if node.op == "get_attr" and "." not in node.target and not hasattr(model, node.target):
             setattr(model, node.target, getattr(copied, node.target))
     return graph
+
+
+def _refuse_keywords(fqns: Iterable[str]) -> None:
+    for fqn in fqns:
+        if found := [part for part in fqn.split(".") if keyword.iskeyword(part)]:
+            raise ValueError(
+                f"{fqn!r}: {found[0]!r} is a keyword of Python, which torch.fx cannot write in code. "
+                f"Rename it, or leave it to torch.compile(model, backend='specnorm')."
+            )
 
 
 def _check_assigned(*traced: nn.Module) -> None:
@@ -451,9 +462,11 @@ def export_trace(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = No
 
     Raises:
         TypeError: ``example_inputs`` are of another form, or not what the forward takes.
+        ValueError: A parameter or buffer has a keyword of Python in its name.
         Exception: What ``torch.export`` raises when it cannot follow.
     """
     args, kwargs = _bound(model, example_inputs)
+    _refuse_keywords(fqn for fqn, _ in itertools.chain(model.named_parameters(), model.named_buffers()))
     # Not strict: the forward runs as Python, so that what cannot be compiled may stand in it.
     with _plain_checkpoints(model):
         program = torch.export.export(share(model), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)

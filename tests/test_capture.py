@@ -1,6 +1,7 @@
 """Capture: what symbolic trace follows, and what is refused with the line and the ways out."""
 
 import contextlib
+import copy
 import random
 import threading
 import types
@@ -13,7 +14,7 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 from torch.utils.checkpoint import checkpoint
 
-from specnorm_fx import frozen_state_dict, transform
+from specnorm_fx import frozen_state_dict, specnorm, transform
 from specnorm_fx.capture import Tracer
 
 
@@ -515,6 +516,31 @@ def test_tensors_that_a_trace_follows(penalty):
     plain = Penalized(penalty)
     plain.load_state_dict(frozen_state_dict(by_trace))
     assert torch.equal(by_trace(x), plain(x))
+
+
+class Scales(nn.Module):
+    """With a name that no code can have."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_scale = nn.ModuleDict({"global": nn.Linear(4, 4), "local": nn.Linear(4, 4)})
+
+    def forward(self, x):
+        return self.by_scale["local"](self.by_scale["global"](x))
+
+
+@pytest.mark.parametrize("example_inputs", [None, torch.randn(2, 4)])
+def test_names_that_are_keywords(example_inputs):
+    with pytest.raises(ValueError, match=r"^'by_scale\.global.*: 'global' is a keyword of Python.*Rename it"):
+        transform(Scales(), example_inputs=example_inputs)
+
+
+def test_the_backend_takes_names_that_are_keywords():
+    model, x = Scales(), torch.randn(2, 4)
+    nn.utils.parametrizations.spectral_norm(model.by_scale["global"])
+    options = {"inner": "eager", "implementation": "reference"}
+    compiled = torch.compile(copy.deepcopy(model), backend=specnorm, options=options, fullgraph=True)
+    assert torch.equal(compiled(x), model(x))
 
 
 def test_random_numbers_as_of_the_input():
