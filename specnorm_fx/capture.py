@@ -479,13 +479,12 @@ def export_trace(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = No
         owner, name = owner_of(model, node.target)
         if not hasattr(owner, name):
             constant = attribute(exported, node.target)
-            if isinstance(constant, Tensor) and (fqn := _name_of(constant, model)):
-                node.target = fqn
-                continue
-            if isinstance(constant, Tensor):
-                owner.register_buffer(name, constant, persistent=False)
-            else:
+            if not isinstance(constant, Tensor):
                 setattr(owner, name, constant)
+            elif fqn := _name_of(constant, model):
+                node.target = fqn
+            else:
+                owner.register_buffer(name, constant, persistent=False)
     return exported.graph
 
 

@@ -465,7 +465,7 @@ def _may_write(node: fx.Node) -> bool:
         values = [getattr(node.graph.owning_module, name, None) for name in read]
         bodies = [value.graph for value in values if isinstance(value, fx.GraphModule)]
         return not bodies or any(_may_write(inner) for body in bodies for inner in body.nodes)
-    if node.op == "call_module" or _is_foreign(node):
+    if node.op == "call_module":
         return True
     overloads = [node.target] if isinstance(node.target, torch._ops.OpOverload) else []
     if isinstance(node.target, torch._ops.OpOverloadPacket):  # torch.ops.mylib.clip, as Dynamo finds it
@@ -475,15 +475,12 @@ def _may_write(node: fx.Node) -> bool:
         written = [a for a in arguments if a.alias_info is not None and a.alias_info.is_write]
         return any(not a.is_out or a.name in node.kwargs for a in written)
     name = _name(node)
-    return (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _IN_PLACE
+    written_so = (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _IN_PLACE
+    return written_so or (node.op == "call_function" and _is_foreign(node))
 
 
 def _is_foreign(node: fx.Node) -> bool:
-    """Whether a node calls code that nobody looks into: what is ``allow_in_graph``, or one of NumPy's."""
-    if node.op != "call_function" or isinstance(
-        node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket
-    ):
-        return False
+    """Whether a function is code that nobody looks into: what is ``allow_in_graph``, or one of NumPy's."""
     module = getattr(node.target, "__module__", None) or "torch"  # methods in C have none
     # Dynamo's names for what calls NumPy, and an autograd.Function that is allow_in_graph.
     is_wrapper = _name(node).startswith(("wrapped_", "trampoline_"))

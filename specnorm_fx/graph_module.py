@@ -37,6 +37,10 @@ _WRAPPED = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_
 # Where a module keeps its hooks.
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
 
+# What runs in place of the graph, by nn.Module.compile or set by hand. A copy has none of it: it would run
+# the original, with its tensors.
+_REPLACED = ("_compiled_call_impl", "forward")
+
 
 @dataclass(frozen=True)
 class Site:
@@ -114,8 +118,7 @@ class SpectralNormGraphModule(fx.GraphModule):
         self._buffers = dict(root._buffers) | {name: self._buffers[name] for name in constants}
         self._non_persistent_buffers_set = set(root._non_persistent_buffers_set) | constants
         for name, value in vars(root).items():
-            # Of nn.Module.compile, or set by hand: they run the original, with its tensors.
-            if name in ("_compiled_call_impl", "forward"):
+            if name in _REPLACED:
                 continue
             if name in _HOOKS:
                 self.__dict__[name] = copy.copy(value)  # handles of the original's take off the original's
@@ -279,7 +282,7 @@ class SpectralNormGraphModule(fx.GraphModule):
                     f"torch.fx cannot read back. Save its state_dict."
                 )
         _, (body, imports) = super().__reduce__()
-        for name in ("_compiled_call_impl", "forward"):
+        for name in _REPLACED:
             body.pop(name, None)
         # Not within its own state.
         hooks = self._hooks_of_module()

@@ -337,9 +337,10 @@ class _Normalized(torch.autograd.Function):
         # the gradients of all W / sigma would be kept until the last of them is there.
         ctx._set_sequence_nr(_AS_SOON_AS_READY)
         ctx.eps, ctx.dims = eps, dims
-        # A frozen weight's result carries no gradient, though others of the call do.
-        needed = zip(normalized, ctx.needs_input_grad[5:], strict=True)
-        ctx.mark_non_differentiable(*(result for result, need in needed if not need))
+        needed = ctx.needs_input_grad[5:]
+        if not all(needed):  # a frozen weight's result carries no gradient, though others of the call do
+            pairs = zip(normalized, needed, strict=True)
+            ctx.mark_non_differentiable(*(result for result, need in pairs if not need))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*weights, *normalized, vectors, sigmas)
         return tuple(normalized)

@@ -184,7 +184,8 @@ class SpectralNormPass(PassBase):
         _log_lost_methods(model)
 
         # 2. Torch's own spectral norm on selected weights is taken off the copy.
-        adopted = self._adopt_(root, model)
+        carried = find_torch_sn(model)
+        adopted = self._adopt_(root, carried)
 
         # 3. The graph, and the weights that it uses.
         self._refuse_exported(root)
@@ -202,7 +203,7 @@ class SpectralNormPass(PassBase):
         for weight in weights:  # a callable may ask which of the user's modules it is
             weight.module = model.get_submodule(fqns[id(weight.module)])
         if self.selection is not None:
-            left = (sn for fqn, sn in find_torch_sn(model).items() if fqn not in adopted)
+            left = (sn for fqn, sn in carried.items() if fqn not in adopted)
             self.selection.require_matches([*weights, *left])
 
         # 4. Those to normalise that are not normalised yet.
@@ -229,12 +230,14 @@ class SpectralNormPass(PassBase):
                 logger.warning("torch.export has fixed these layers in %s mode: %s", where, ", ".join(fixed))
         return PassResult(gm, True)
 
-    def _adopt_(self, root: nn.Module, model: nn.Module) -> dict[str, TorchSN]:
-        """Strip the selected weights of torch's spectral norm; what they carried, by FQN."""
+    def _adopt_(self, root: nn.Module, carried: dict[str, TorchSN]) -> dict[str, TorchSN]:
+        """Strip the selected weights of torch's spectral norm; what they carried, by FQN.
+
+        ``carried`` is the same of the user's own modules, which a callable is given.
+        """
         found = find_torch_sn(root)
         if self.selection is not None:
-            theirs = find_torch_sn(model)
-            found = {fqn: sn for fqn, sn in found.items() if self._rule_config(theirs[fqn]) is not None}
+            found = {fqn: sn for fqn, sn in found.items() if self._rule_config(carried[fqn]) is not None}
         for sn in found.values():
             sn.strip_()
         return found
