@@ -488,6 +488,9 @@ def _score_files(args: argparse.Namespace) -> bool:
     files = _expand(args.images)
     session = open_session(args.model)
     model = model_input(session)
+    read = (args.model, *files)
+    if args.output is not None and args.output.exists() and any(map(args.output.samefile, read)):
+        raise ValueError(f"-o {args.output} is a file that is read; give another path")
     progress = _Progress(len(files), args.progress)
     entries = _read(files, model, args.mean, args.std, progress)
     complete = True

@@ -127,9 +127,7 @@ def _export(args: argparse.Namespace) -> str:
     if args.dynamic_batch:  # the exporter fixes a size that the model has fixed, without a word
         try_inputs(model, one_row_more(example))
     source = args.checkpoint or args.model
-    for read in filter(None, (args.checkpoint, args.model.partition(":")[0])):
-        if args.output.exists() and Path(read).exists() and args.output.samefile(read):
-            raise LoadError(f"--output must be another file than {read}, which the model comes from.")
+    _refuse_replacing("--output", args.output, args.checkpoint, args.model)
     try:
         verification = specnorm_fx.onnx.export(
             model,
@@ -188,6 +186,8 @@ def _verify(args: argparse.Namespace) -> str:
 def _inspect(args: argparse.Namespace) -> str:
     from specnorm_fx import inspection
 
+    for option, written in (("--plot", args.plot), ("--html", args.html)):
+        _refuse_replacing(option, written, args.checkpoint, args.target)
     is_onnx = args.target.endswith(".onnx")
     is_model = is_program(args.target) or (":" in args.target and not Path(args.target).exists())
     if not is_model and (args.checkpoint or args.select or args.kwargs):
@@ -221,6 +221,13 @@ def _convert(args: argparse.Namespace) -> str:
     if args.json:
         return json.dumps({"path": str(args.target), "tensors": len(state_dict), "with_u_and_v": weights})
     return f"{args.target}: {len(state_dict)} entries, u and v for {', '.join(weights) or 'no weight'}"
+
+
+def _refuse_replacing(option: str, written: Path | None, checkpoint: Path | None, model: str) -> None:
+    """What comes out must not take the place of what it is made from."""
+    for read in (checkpoint, Path(model), Path(model.partition(":")[0])):
+        if written and read and written.exists() and read.exists() and written.samefile(read):
+            raise LoadError(f"{option} must be another file than {read}, which the model comes from.")
 
 
 def _trained(args: argparse.Namespace) -> SpectralNormGraphModule:

@@ -654,6 +654,18 @@ FAULTS = [
         "invalid float",
         id="rtol: no number",
     ),
+    pytest.param(
+        nothing,
+        ("inspect", "disc.pt", "--plot", "disc.pt"),
+        "--plot must be another file than disc.pt",
+        id="plot: the checkpoint",
+    ),
+    pytest.param(
+        nothing,
+        ("inspect", *LOADED, "--html", "disc.pt"),
+        "--html must be another file than disc.pt",
+        id="page: the checkpoint of a model",
+    ),
 ]
 
 

@@ -780,6 +780,8 @@ STOPPED = [
     ("disc.onnx images --unknown", "unrecognized arguments: --unknown"),
     ("disc.onnx images -o empty", "-o empty is not a file; give the path"),
     ("disc.onnx images -o pipe", "-o pipe is not a file"),
+    ("disc.onnx images -o disc.onnx", "-o disc.onnx is a file that is read; give another path"),
+    ("disc.onnx images -o images/a.png", "-o images/a.png is a file that is read"),
     ("disc.onnx images -o missing/x.csv", "-o missing/x.csv cannot be written: No such file or directory"),
 ]
 
