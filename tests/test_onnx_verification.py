@@ -246,6 +246,17 @@ def test_an_output_that_jumps_is_not_excused(tmp_path):
             verify(tmp_path / "j.onnx", other, torch.randn(rows, 8), rtol=0.1)
 
 
+def test_a_batch_of_zero_says_nothing(tmp_path):
+    gm, other = (transform(nn.Sequential(nn.Linear(8, 3))).eval() for _ in range(2))
+    none = torch.randn(0, 8)
+    export(gm, torch.randn(2, 8), tmp_path / "m.onnx", dynamic_batch=True)
+    with pytest.raises(VerificationError, match="or no value at all"):
+        verify(tmp_path / "m.onnx", other, none)
+    verify(tmp_path / "m.onnx", gm, [none, torch.randn(3, 8)])
+    with pytest.raises(VerificationError, match=r"or no value at all.*No file was written"):
+        export(gm, none, tmp_path / "none.onnx")
+
+
 def test_nan_that_agrees(tmp_path):
     class Spread(nn.Linear):
         def forward(self, x):

@@ -132,7 +132,8 @@ def verify(
         RuntimeError: ``model`` is in training mode.
         VerificationError: The file is no valid ONNX, its inputs, outputs or operators are others, or a
             value differs by more than ``rtol``; the message has the figures. NaN and inf must be where the
-            model has them; a model that gives nothing but NaN is an error.
+            model has them; a model that gives nothing but NaN, or no value (a batch of zero), is an
+            error.
     """
     if rtol is not None and not rtol >= 0:
         raise ValueError(f"rtol must be 0 or larger, got {rtol}.")
@@ -145,10 +146,10 @@ def verify(
     compared = [
         one for number, batch in enumerate(batches) for one in _compare(file, model, batch, number, rtol)
     ]
-    if compared and all(difference.is_nan for difference in compared):
+    if compared and all(difference.says_nothing for difference in compared):
         raise VerificationError(
-            f"{type(model).__name__} gives nothing but NaN on these inputs, so that {file.path} cannot be "
-            f"held against it."
+            f"{type(model).__name__} gives nothing but NaN on these inputs, or no value at all, so that "
+            f"{file.path} cannot be held against it."
         )
     histogram: Counter[str] = Counter()
     for difference in compared:
@@ -230,7 +231,7 @@ class _Difference(NamedTuple):
     relative: float
     limit: float
     decades: dict[str, int]
-    is_nan: bool  # everywhere, in both
+    says_nothing: bool  # NaN everywhere, in both, or no value at all
 
 
 def _compare(
@@ -269,7 +270,7 @@ def _compare(
                 f"{file.path} disagrees with {type(model).__name__} on batch {number}, output {output}: max "
                 f"abs error {absolute:.3e}, max relative error {largest:.3e}, limit {limit:.3e}.{remedy}"
             )
-        yield _Difference(absolute, largest, limit, _decades(relative), bool(is_nan.size and is_nan.all()))
+        yield _Difference(absolute, largest, limit, _decades(relative), bool(is_nan.all()))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
