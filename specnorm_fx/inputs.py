@@ -181,6 +181,8 @@ def _arrays(file: Path, example: tuple[Tensor, ...]) -> list[np.ndarray]:
     try:
         loaded = np.load(file, mmap_mode="r", allow_pickle=False)
         arrays = list(loaded.values()) if isinstance(loaded, np.lib.npyio.NpzFile) else [loaded]
+        if not all(isinstance(array, np.ndarray) for array in arrays):
+            raise ValueError("a zip archive of other files")  # a checkpoint of torch.save is one
     except Exception as error:  # of many kinds, for a file that is damaged
         raise LoadError(f"{file} must be an array from numpy.save ({brief(error)}).") from error
     got = [(array.shape[1:], array.dtype.kind) for array in arrays]

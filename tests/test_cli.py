@@ -585,6 +585,7 @@ FAULTS = [
         "calibration: code",
         lambda: np.save("x.npy", [Code()]),
     ),
+    argument(["--calibration", "disc.pt"], "disc.pt must be an array", "calibration: a checkpoint"),
     # Where to write.
     argument(["-o", "missing/out.onnx"], "missing/out.onnx cannot be written", "output: no folder"),
     argument(["-o", "."], "it is a folder", "output: a folder"),

@@ -373,7 +373,12 @@ def test_large_weights_stand_in_a_file_of_their_own(tmp_path, monkeypatch):
         ),
         (
             {"precision": "int8", "calibration": [torch.ones(2, 5)]},
-            "calibration must hold batches of the shapes of args: ",
+            "calibration must hold finite batches of the shapes of args: ",
+        ),
+        pytest.param(
+            {"precision": "int8", "calibration": [torch.full((2, 4), math.nan)]},
+            "calibration must hold finite batches of the shapes of args: ",
+            marks=pytest.mark.filterwarnings("ignore:All-NaN"),  # numpy's
         ),
         ({"precision": "bf16", "opset_version": 20}, "opset_version must be at least 22 for bf16.*got 20"),
         ({"metadata": {"sigmas": "1"}}, "metadata must have other keys than the file's own, got sigmas"),

@@ -192,7 +192,9 @@ def quantize(source: Path, written: Path, calibration: list[tuple[Any, ...]], ex
                 use_external_data_format=external_data,
             )
         except Exception as error:  # onnxruntime raises types of its own, directly under Exception
-            raise ValueError(f"calibration must hold batches of the shapes of args: {error}") from error
+            raise ValueError(
+                f"calibration must hold finite batches of the shapes of args: {error}"
+            ) from error
     quantized = onnx.load(written, load_external_data=False).graph
     matrices = {tensor.name for tensor in quantized.initializer if len(tensor.dims) > 1}
     if not any(node.op_type == "DequantizeLinear" and node.input[0] in matrices for node in quantized.node):
