@@ -462,11 +462,17 @@ def export_trace(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = No
 
     Raises:
         TypeError: ``example_inputs`` are of another form, or not what the forward takes.
-        ValueError: A parameter or buffer has a keyword of Python in its name.
+        ValueError: A parameter or buffer has a keyword of Python in its name, or a part has backward hooks.
         Exception: What ``torch.export`` raises when it cannot follow.
     """
     args, kwargs = _bound(model, example_inputs)
     _refuse_keywords(fqn for fqn, _ in itertools.chain(model.named_parameters(), model.named_buffers()))
+    for fqn, part in model.named_modules():  # those of the model itself stay on it
+        if fqn and (part._backward_hooks or part._backward_pre_hooks):
+            raise ValueError(
+                f"{fqn!r} ({type(part).__name__}) has backward hooks, which would not fire in the graph. "
+                f"Remove them, or register them on the model itself."
+            )
     # Not strict: the forward runs as Python, so that what cannot be compiled may stand in it.
     with _plain_checkpoints(model):
         program = torch.export.export(share(model), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)

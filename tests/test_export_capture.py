@@ -365,6 +365,18 @@ def test_hooks_on_a_layer_are_part_of_the_graph():
     assert torch.equal(gm(x), 2 * plain(x))
 
 
+def test_backward_hooks():
+    model, x, fired = nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3, requires_grad=True), []
+    model.register_full_backward_hook(lambda *_: fired.append("model"))
+    transform(model, example_inputs=x)(x).sum().backward()
+    assert fired == ["model"]
+    for register in (model[0].register_full_backward_hook, model[0].register_full_backward_pre_hook):
+        handle = register(lambda *_: None)
+        with pytest.raises(ValueError, match=r"'0' \(Linear\) has backward hooks.*Remove them"):
+            transform(model, example_inputs=x)
+        handle.remove()
+
+
 # --- exported programs ---
 
 
