@@ -86,9 +86,9 @@ def transform(
         TypeError: An unknown option, a ``select`` of no supported form, a model of no supported kind, or
             ``example_inputs`` that the forward does not take.
         ValueError: A pattern that matches nothing, nothing to normalise, an option out of range, a weight
-            that cannot be normalised (lazy, meta, quantized, sparse, NaN or inf), ``example_inputs`` for a
-            model that is a graph already, torch's spectral norm in a program from ``torch.export``, or a
-            module with a name that the result has for itself (``sites``).
+            that cannot be normalised (lazy, meta, quantized, sparse, NaN or inf, read as ``weight.data``),
+            ``example_inputs`` for a model that is a graph already, torch's spectral norm in a program from
+            ``torch.export``, or a module with a name that the result has for itself (``sites``).
         IndexError: ``dim`` is out of range for a weight.
         TraceError: Symbolic trace cannot follow the model. What ``torch.export`` raises comes as it is.
     """
@@ -531,6 +531,13 @@ def _check_weight(weight: Weight) -> None:
     if not torch.isfinite(parameter.detach()).all():
         raise ValueError(
             f"{where} contains NaN or inf. Initialise it or load a good checkpoint first, {leave_out}."
+        )
+    users = (user for node in weight.nodes if node.op == "get_attr" for user in node.users)
+    if any(user.target is getattr and user.args[1] == "data" for user in users):
+        # In place it would change W / sigma, and assigned nothing at all, both without autograd's error.
+        raise ValueError(
+            f"{where} is read as .data in the forward, by which a graph cannot change the stored weight. "
+            f"Compute a new tensor, weight * mask, or read weight.detach()."
         )
     if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse):
         option = "sparse=True" if layer.sparse else "max_norm"

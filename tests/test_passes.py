@@ -545,6 +545,39 @@ def test_refuses_weights(make, match, select):
     refuses(make(), ValueError, match, select)
 
 
+class Masked(nn.Conv1d):
+    """As PixelCNN masks its weights: fx drops what is assigned."""
+
+    def forward(self, x):
+        self.weight.data *= self.weight.new_ones(3).tril()
+        return super().forward(x)
+
+
+class MaskedInPlace(nn.Conv1d):
+    def forward(self, x):
+        self.weight.data.mul_(self.weight > 0)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Masked, MaskedInPlace])
+def test_refuses_a_weight_that_is_changed_through_data(kind):
+    refuses(
+        nn.Sequential(kind(2, 4, 3)), ValueError, r"'0.weight' \(Masked.*read as \.data.*weight \* mask", None
+    )
+
+
+def test_data_of_what_a_layer_gives_may_be_read():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.layer(x).data
+
+    assert not transform(Reads())(torch.ones(2, 3)).requires_grad
+
+
 def test_refuses_a_quantized_weight():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some versions of torch announce the end of quantized tensors
