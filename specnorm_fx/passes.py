@@ -518,10 +518,10 @@ def _check_weight(weight: Weight) -> None:
             f"{where} is {form}, and spectral norm needs a dense weight. Transform before quantization "
             f"or sparsification, {leave_out}."
         )
-    if not (parameter.is_floating_point() or parameter.is_complex()):
-        raise ValueError(
-            f"{where} has dtype {parameter.dtype}, and spectral norm needs a floating or complex one: "
-            f"convert it, {leave_out}."
+    if not (parameter.is_floating_point() or parameter.is_complex()) or parameter.element_size() < 2:
+        raise ValueError(  # of one byte are those of float8, which have no arithmetic
+            f"{where} has dtype {parameter.dtype}, and spectral norm needs a floating or complex one of 16 "
+            f"bits or more: convert it, {leave_out}."
         )
     if parameter.ndim < 2 or parameter.numel() == 0:
         raise ValueError(

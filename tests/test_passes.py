@@ -516,6 +516,11 @@ def _bias_parametrized():
             "dtype torch.int64, .*needs a floating or complex",
             None,
         ),
+        (
+            _with_weight(torch.eye(4).to(torch.float8_e4m3fn)),
+            "dtype torch.float8_e4m3fn, .*of 16 bits or more",
+            None,
+        ),
         (_with_weight(torch.empty(0, 4)), r"shape \[0, 4\], .*needs a non-empty matrix", None),
         (_fill(torch.nan), r"'1.weight' \(Conv1d\) contains NaN or inf. Initialise", None),
         (_fill(-torch.inf), r"'1.weight' \(Conv1d\) contains NaN or inf. Initialise", None),
