@@ -392,8 +392,10 @@ def load_model(
             f"{checkpoint} has spectral norm for {foreign[0]}, and the model has no such parameter, but "
             f"{textwrap.shorten(', '.join(own), QUOTED)}. Check the model, and what stands before the names."
         )
+    if named and not select and checkpoint is not None:
+        select = [escape(fqn) for fqn in named]
     try:
-        transformed = transform(model, [escape(fqn) for fqn in named] if named and not select else select)
+        transformed = transform(model, select)  # a model's own spectral norm it finds, or refuses, by itself
     except TraceError as error:
         raise LoadError(
             f"Spectral norm cannot be put on the model: {error} Or give a program. {SAVE_IT_AS_PROGRAM}"

@@ -94,6 +94,9 @@ def test_program():
     assert_same_outputs(load_model("disc.pt2", {}, "disc.pt"), trained)
     with pytest.raises(LoadError, match="kwargs are for a factory"):
         build_model("disc.pt2", {"channels": 8})
+    torch.export.save(torch.export.export(trained, (example,)), "disc.pt2")
+    with pytest.raises(LoadError, match=r"carries spectral norm that torch\.export has spread out"):
+        load_model("disc.pt2", {})
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------
