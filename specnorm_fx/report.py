@@ -48,7 +48,7 @@ def sigmas(model: nn.Module, *, residual: bool = False) -> dict[str, Tensor] | d
 
     Returns:
         ``{fqn: sigma []}``, fp32 or the weight's real dtype, on the weight's device; with ``residual``
-        ``{fqn: Sigma}``.
+        ``{fqn: Sigma}``. The FQN is that in the transformed model; where ``model`` holds several, that in it.
 
     Raises:
         TypeError: ``model`` holds no transformed model.
