@@ -5,7 +5,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from specnorm_fx import sharded
 from specnorm_fx.adopt import find_exported_sn, find_torch_sn
@@ -17,7 +17,7 @@ from specnorm_fx.graph_module import (
 )
 from specnorm_fx.passes import unroute_
 
-__all__ = ["freeze", "frozen_state_dict"]
+__all__ = ["freeze", "frozen_state_dict", "whole_copy"]
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def freeze(model: nn.Module) -> fx.GraphModule:
                 f"{site.fqn} is no parameter any more but computed from others, which W / sigma cannot take "
                 f"the place of. Make it one first: torch.nn.utils.parametrize.remove_parametrizations, say."
             )
-    frozen = _whole_copy(gm)
+    frozen = whole_copy(gm)
     sites = frozen.sites()
     normalized = spectral_norm([x.weight for x in sites], [x.u for x in sites], [x.v for x in sites])
 
@@ -75,10 +75,14 @@ def freeze(model: nn.Module) -> fx.GraphModule:
     return frozen
 
 
-def _whole_copy(gm: SpectralNormGraphModule) -> SpectralNormGraphModule:
+def whole_copy(gm: SpectralNormGraphModule) -> SpectralNormGraphModule:
     """A deep copy that is nobody's shard: whole tensors, and nothing that torch.distributed has put on it.
 
-    FSDP2 makes the model's class one that cannot be copied, and leaves hooks on the modules inside.
+    FSDP2 makes the model's class one that cannot be copied, and leaves hooks on the modules inside. Nor does
+    ``deepcopy`` take the weight that a hook (``torch.nn.utils.weight_norm``, ``prune``) has last computed.
+
+    Args:
+        gm: A transformed or a frozen model.
     """
     memo: dict[int, Any] = {}
     for module in gm.modules():
@@ -89,7 +93,9 @@ def _whole_copy(gm: SpectralNormGraphModule) -> SpectralNormGraphModule:
         for buffer in module._buffers.values():
             if buffer is not None and id(buffer) not in memo:
                 memo[id(buffer)] = sharded.full(buffer).clone()
-        for name, held in vars(module).items():  # hooks, and FSDP2's own state
+        for name, held in vars(module).items():  # hooks, what they compute, and FSDP2's own state
+            if isinstance(held, Tensor) and not held.is_leaf:
+                memo[id(held)] = held.detach().clone()
             if isinstance(held, OrderedDict) and name not in ("_parameters", "_buffers", "_modules"):
                 kept = {key: x for key, x in held.items() if not _is_of_torch_distributed(x)}
                 if len(kept) < len(held):

@@ -1,14 +1,18 @@
 """Frozen models: bit for bit the eval model, and nothing of spectral norm left."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import fx, nn
 from torch.nn.utils import spectral_norm as hook_sn
+from torch.nn.utils import weight_norm
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
+from torch.nn.utils.prune import random_unstructured
 
 from specnorm_fx import freeze, frozen_state_dict, report, sigmas, transform, warm_up_
+from specnorm_fx.freeze import whole_copy
 from specnorm_fx.module import SpectralNorm
 from tests.models import LAYERS, MODELS, Discriminator, Labelled, Tied, parametrize
 
@@ -154,6 +158,19 @@ def test_a_weight_that_is_computed_since():
     assert row.sigma == pytest.approx(row.exact, rel=1e-5)
     with pytest.raises(RuntimeError, match=r"0\.weight is no parameter any more.*remove_parametrizations"):
         freeze(gm.eval())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("hook", [weight_norm, partial(random_unstructured, amount=0.5)])
+def test_a_hook_that_computes_the_weight_of_another_layer(hook):
+    """What it last computed stays on the layer, with its graph, and ``deepcopy`` refuses that."""
+    model = nn.Sequential(torch_sn(nn.Linear(4, 3)), hook(nn.Linear(3, 2), name="weight"))
+    gm = transform(model)
+    x = torch.randn(2, 4)
+    gm(x).sum().backward()
+    frozen = freeze(gm.eval())
+    assert torch.equal(frozen(x), gm(x))
+    assert torch.equal(whole_copy(frozen)(x), gm(x))  # as onnx.export of a frozen model makes it
 
 
 def test_a_part_is_not_the_model():

@@ -1,6 +1,5 @@
 """``export``: freeze, write, verify, and only then let the file stand at its path."""
 
-import copy
 import dataclasses
 import importlib.metadata
 import json
@@ -12,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from specnorm_fx.atomic import replaced
-from specnorm_fx.freeze import freeze
+from specnorm_fx.freeze import freeze, whole_copy
 from specnorm_fx.graph_module import SpectralNormGraphModule, resolve
 from specnorm_fx.onnx.batches import (
     Args,
@@ -134,7 +133,7 @@ def export(
         raise ValueError(f"metadata must have other keys than the file's own, got {', '.join(taken)}.")
     if wrong := [key for key, value in (metadata or {}).items() if not isinstance(value, str)]:
         raise ValueError(f"metadata must be text, got another type under {', '.join(map(str, wrong))}.")
-    frozen = freeze(gm) if gm.sites() else copy.deepcopy(gm)
+    frozen = freeze(gm) if gm.sites() else whole_copy(gm)
     external_data = is_external(frozen, external_data)
 
     target = Path(path)
