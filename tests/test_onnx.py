@@ -355,6 +355,7 @@ def test_large_weights_stand_in_a_file_of_their_own(tmp_path, monkeypatch):
         ({"axes": {"x": {2: "n"}}}, r"axes\['x'\] must name dimensions from 0 to 1, got 2"),
         ({"axes": {"x": {-1: "n"}}}, r"axes\['x'\] must name dimensions from 0 to 1, got -1"),
         ({"axes": {"x": {0: "a b"}}}, r"axes\['x'\]\[0\] must be a Python identifier or None, got 'a b'"),
+        ({"axes": {"x": {0: torch.export.Dim("n")}}}, r"must be a Python identifier or None, got .*Dim"),
         (
             {"axes": {"x": {1: "n"}}},
             "Dynamic dimensions must be free in the model.*1 of 'x' is always 4 there",

@@ -189,7 +189,7 @@ def dynamic_dimensions(
                 raise ValueError(
                     f"axes[{name!r}] must name dimensions from 0 to {tensor.ndim - 1}, got {dim}."
                 )
-            if label is not None and not label.isidentifier():
+            if label is not None and not (isinstance(label, str) and label.isidentifier()):
                 raise ValueError(f"axes[{name!r}][{dim}] must be a Python identifier or None, got {label!r}.")
             dims[dim] = label
         free.append(dims)
