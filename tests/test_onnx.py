@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from specnorm_fx import freeze, transform
 from specnorm_fx.onnx import VerificationError, export, verify
-from specnorm_fx.onnx.batches import dynamic_dimensions, random_batches
+from specnorm_fx.onnx.batches import dynamic_dimensions, in_order_of, random_batches, tensor_names
 from specnorm_fx.onnx.external_data import remove_older
 from tests.models import MODELS, Discriminator, Labelled, Tied, case_named
 from tests.onnx_files import operators, plain_export, trained
@@ -217,6 +217,33 @@ def test_axes_come_before_dynamic_batch():
     args, axes = (torch.randn(2, 4), torch.tensor(1.0), torch.randn(2)), {"x": {0: "rows", 1: None}}
     free = dynamic_dimensions(args, ["x", "scale", "y"], axes, dynamic_batch=True)
     assert free == [{0: "rows", 1: None}, {}, {0: "batch"}]
+
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+def test_names_of_inputs():
+    class Several(nn.Module):
+        def forward(self, x, *others):
+            return x
+
+    x = torch.ones(1)
+    names = tensor_names(Several(), ({"a": x, "b": [x, 3, x]}, Pair(x, x), x, x), ["given"])
+    assert names == ["given", "x_b_0", "x_b_2", "others_first", "others_second", "args_2", "args_3"]
+
+
+def test_a_batch_in_the_order_of_the_example():
+    example = {"a": 1, "b": [{"x": 2, "y": 3}], "pair": Pair(*torch.ones(2)), "list": [{"x": 1, "y": 2}] * 2}
+    batch = OrderedDict(
+        list=[{"y": 2, "x": 1}], more=4, pair=Pair(*torch.ones(2)), b=({"y": 3, "x": 2},), a=1
+    )
+    ordered = in_order_of(example, batch)
+    assert [*ordered] == ["a", "b", "pair", "list", "more"]
+    assert [*ordered["b"][0]] == ["x", "y"]
+    assert type(ordered) is OrderedDict
+    assert ordered == OrderedDict((key, batch[key]) for key in ordered)
+    assert ordered["list"] is batch["list"]  # of another length
+    assert [*batch] == ["list", "more", "pair", "b", "a"]
 
 
 def test_dynamic_shapes_names_and_opset(tmp_path):
