@@ -101,7 +101,7 @@ def test_backend_takes_every_model_as_it_is(case, sn):
 
     def inner(gm, inputs):
         graphs.append(gm.graph)
-        return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
+        return gm.forward  # test_fuse.py goes on to AOTAutograd
 
     compiled = torch.compile(model, backend="specnorm", options={"inner": inner})
     optimizers = [torch.optim.SGD(m.parameters(), 1e-2) for m in (model, twin)]
@@ -161,10 +161,9 @@ def test_adopted_frozen_and_loaded_into_the_plain_class(case, capture, sn):
     assert torch.equal(outputs(plain, batch), want)
 
 
-@pytest.mark.parametrize(("name", "capture"), [("transformer", "trace"), ("multi_period", "export")])
-def test_compiled_in_one_graph(name, capture):
-    (case,) = (a for a in ARCHITECTURES if a.name == name)
-    gm = captured(case, capture, case.build(), "*")
+def test_compiled_in_one_graph():
+    (case,) = (a for a in ARCHITECTURES if a.name == "multi_period")
+    gm = captured(case, "export", case.build(), "*")
     eager = copy.deepcopy(gm)
     compiled = torch.compile(gm, fullgraph=True)
     batch = case.inputs()

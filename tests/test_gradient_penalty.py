@@ -30,7 +30,7 @@ def _fresh_compiler():
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
 def conv(norm=nn.Identity):
@@ -49,6 +49,7 @@ CRITICS = {
     "mlp_plain": (mlp, (6,)),
     "mlp_torch_sn": (lambda: with_torch_sn(parametrizations.spectral_norm), (6,)),
     "mlp_legacy_sn": (lambda: with_torch_sn(legacy_sn), (6,)),
+    "layer": (lambda: transform(nn.Sequential(nn.Linear(6, 1), nn.Tanh())), (6,)),
     "conv": (lambda: transform(conv()), (1, 4, 4)),
     "batch_norm": (lambda: transform(conv(nn.BatchNorm2d)), (1, 4, 4)),
     "labelled": (lambda: transform(Labelled(), "*"), (1, 6, 6)),
@@ -151,7 +152,10 @@ def test_eager_equals_double_backward_by_hand(name, penalty):
 
 @pytest.mark.parametrize(
     ("name", "penalty"),
-    [*[(name, "wgan_gp") for name in CRITICS if name != "mlp"], ("labelled", "r2")],  # r1: test_inductor
+    [
+        *[(name, "wgan_gp") for name in CRITICS if name not in ("mlp", "layer", "conv")],
+        ("labelled", "r2"),
+    ],  # r1: test_inductor
 )
 def test_one_graph_without_recompilation(name, penalty):
     check(name, penalty, torch.float64, "aot_eager")
@@ -172,8 +176,8 @@ def test_torchs_spectral_norm_is_fused_in_the_step(name):
 
 
 def test_inductor():
-    """D(real) with its penalty, D(fake), one backward."""
-    check("conv", "r1", torch.float32, "inductor")
+    """D(real) with its penalty, D(fake), one backward: of one layer, whose C++ compiles fast."""
+    check("layer", "r1", torch.float32, "inductor")
 
 
 def test_the_fused_operators_serve_the_compiled_step():
@@ -309,16 +313,16 @@ def test_autocast_and_half_precision(backend):
     model = transform(mlp())
     run = gradient_penalty.wgan_gp
     run = run if backend is None else torch.compile(run, backend=backend, fullgraph=True)
-    batch = torch.randn(2, 4, 6)
-    want = gradient_penalty.wgan_gp(copy.deepcopy(model), *batch, alpha=torch.rand(4))
+    batch, alpha = torch.randn(2, 4, 6), torch.rand(4)
+    want = gradient_penalty.wgan_gp(copy.deepcopy(model), *batch, alpha=alpha)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        penalty = run(model, *batch)
+        penalty = run(model, *batch, alpha=alpha)
     penalty.backward()
-    half = run(copy.deepcopy(model).bfloat16(), *batch.bfloat16())
+    half = run(copy.deepcopy(model).bfloat16(), *batch.bfloat16(), alpha=alpha.bfloat16())
     half.backward()
     for got in (penalty, half):
         assert got.dtype == torch.float32
-        assert torch.isclose(got, want, rtol=0.1)
+        assert torch.isclose(got, want, rtol=0.02)
     assert model.get_parameter("0.weight").grad.isfinite().all()
 
 

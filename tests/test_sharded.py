@@ -59,8 +59,8 @@ def iterate_shards(rank, mesh_shape):
     """Each layer along each dimension, or two; shards of uneven size and empty ones among them."""
     mesh = init_device_mesh("cpu", mesh_shape)
     sites = []
-    layers = {(2,): LAYERS, (4,): LAYERS[::3], (2, 2): (LAYERS[0], LAYERS[-3])}
-    for case in layers[mesh_shape]:
+    layers = {1: LAYERS[::2], 2: (LAYERS[0], LAYERS[-3])}
+    for case in layers[mesh.ndim]:
         weight = case.build(torch.float64).weight.detach()
         dim = 1 if "transpose" in case.name else 0
         for placements in itertools.product([Replicate(), *map(Shard, range(weight.ndim))], repeat=mesh.ndim):
@@ -96,7 +96,7 @@ def iterate_shards(rank, mesh_shape):
             assert error / truth.abs().max() < 1e-12, where
 
 
-@pytest.mark.parametrize("mesh_shape", [(2,), (4,), (2, 2)], ids=str)
+@pytest.mark.parametrize("mesh_shape", [(3,), (2, 2)], ids=str)
 def test_power_iteration_of_shards(mesh_shape):
     run_ranks(iterate_shards, torch.Size(mesh_shape).numel(), mesh_shape)
 
