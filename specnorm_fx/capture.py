@@ -175,6 +175,10 @@ class Tracer(fx.Tracer):
         with self._counted_precisions(), _NothingFixed(tensors):
             return super().trace(root, concrete_args)
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """One that does not lose an assignment."""
+        return _Proxy(node, self)
+
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         """As fx does, for an operation outside of such regions."""
         proxy = super().create_proxy(*args, **kwargs)
@@ -224,6 +228,21 @@ class Tracer(fx.Tracer):
         if nn.utils.parametrize.is_parametrized(m):
             return nn.utils.parametrize.type_before_parametrizations(m).__module__.startswith("torch.nn")
         return super().is_leaf_module(m, module_qualified_name)
+
+
+class _Proxy(fx.Proxy):
+    """fx.Proxy would take what is assigned to ``data`` of a tensor, say, and the graph do without."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(Tensor, name):
+            raise TraceError(_ASSIGNED.format(name))
+        super().__setattr__(name, value)
+
+
+_ASSIGNED = (
+    "a graph does not keep what is assigned to .{} of a tensor. Change a buffer in place, "
+    "buffer.copy_(...), or compute a new tensor, weight * mask"
+)
 
 
 class _NothingFixed(TorchFunctionMode):
@@ -462,7 +481,8 @@ def export_trace(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = No
 
     Raises:
         TypeError: ``example_inputs`` are of another form, or not what the forward takes.
-        ValueError: A parameter or buffer has a keyword of Python in its name, or a part has backward hooks.
+        ValueError: A parameter or buffer has a keyword of Python in its name, a part has backward hooks, or
+            the forward assigns to ``data`` of a tensor.
         Exception: What ``torch.export`` raises when it cannot follow.
     """
     args, kwargs = _bound(model, example_inputs)
@@ -477,6 +497,10 @@ def export_trace(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = No
     with _plain_checkpoints(model):
         program = torch.export.export(share(model), args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     exported = program.module()
+    compared = torch.ops.aten._has_compatible_shallow_copy_type.default
+    if exported.graph.find_nodes(op="call_function", target=compared):
+        # All that the graph has of an assignment to .data.
+        raise ValueError(f"In the forward of {type(model).__name__}: {_ASSIGNED.format('data')}.")
     tidy_(exported.graph, exported)
     for hooks in (model._forward_hooks, model._forward_pre_hooks):
         hooks.clear()  # they are in the graph

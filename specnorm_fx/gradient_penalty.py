@@ -56,6 +56,7 @@ def r1(
 
     Raises:
         TypeError: ``real`` is not floating, or the scores are not a tensor.
+        ValueError: Several inputs are not of one batch size.
         RuntimeError: Gradients are disabled (``torch.no_grad``).
     """
     penalty, output = _zero_centred(model, real, args, score)
@@ -87,6 +88,7 @@ def r2(
 
     Raises:
         TypeError: As in `r1`.
+        ValueError: As in `r1`.
         RuntimeError: As in `r1`.
     """
     penalty, output = _zero_centred(model, fake, args, score)
@@ -116,7 +118,7 @@ def wgan_gp(
         The penalty, as in `r1`.
 
     Raises:
-        ValueError: ``real`` and ``fake`` differ in shape, or ``alpha`` is not ``[b]``.
+        ValueError: ``real`` and ``fake`` differ in shape, or ``alpha`` is not ``[b]``; and as in `r1`.
         TypeError: As in `r1`.
         RuntimeError: As in `r1`.
     """
@@ -129,10 +131,9 @@ def wgan_gp(
     batch = reals[0].shape[0]
     if alpha is None:
         alpha = torch.rand(batch, device=reals[0].device)
-    if alpha.shape != (batch,):
-        raise ValueError(
-            f"alpha must have a number for each sample, shape ({batch},), got {tuple(alpha.shape)}."
-        )
+    if not isinstance(alpha, Tensor) or alpha.shape != (batch,):
+        got = tuple(alpha.shape) if isinstance(alpha, Tensor) else repr(alpha)
+        raise ValueError(f"alpha must have a number for each sample, shape ({batch},), got {got}.")
     between = [_between(*pair, alpha) for pair in zip(reals, fakes, strict=True)]
     slopes, _ = _slopes(model, between, args, score)
     norms: Tensor = torch.linalg.vector_norm(slopes, dim=1)
@@ -157,9 +158,6 @@ def _slopes(model: Model, inputs: list[Tensor], args: tuple[Any, ...], score: Sc
             "A gradient penalty must be computed with gradients enabled, got torch.no_grad. Call it under "
             "torch.enable_grad()."
         )
-    for x in inputs:
-        if not x.is_floating_point():
-            raise TypeError(f"The samples must be floating, got {x.dtype}. Pass labels behind them.")
     leaves = [_leaf(x) for x in inputs]
     output = model(*leaves, *args)
     scores = output if score is None else score(output)
@@ -175,7 +173,16 @@ def _slopes(model: Model, inputs: list[Tensor], args: tuple[Any, ...], score: Sc
 
 
 def _listed(inputs: Inputs) -> list[Tensor]:
-    return [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    samples = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    for x in samples:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"The samples must be floating tensors, got {kind}. Pass labels behind them.")
+    # One batch would be broadcast to another without a word.
+    if not samples or any(x.ndim == 0 or x.shape[:1] != samples[0].shape[:1] for x in samples):
+        shapes = [tuple(x.shape) for x in samples]
+        raise ValueError(f"The samples must be of one batch size, [b, ...], got {shapes}.")
+    return samples
 
 
 # --- The operators ---

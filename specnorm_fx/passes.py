@@ -534,7 +534,7 @@ def _check_weight(weight: Weight) -> None:
         )
     users = (user for node in weight.nodes if node.op == "get_attr" for user in node.users)
     if any(user.target is getattr and user.args[1] == "data" for user in users):
-        # In place it would change W / sigma, and assigned nothing at all, both without autograd's error.
+        # In place that would change W / sigma, without autograd's error.
         raise ValueError(
             f"{where} is read as .data in the forward, by which a graph cannot change the stored weight. "
             f"Compute a new tensor, weight * mask, or read weight.detach()."

@@ -87,6 +87,28 @@ def test_a_forward_that_reads_training_is_refused():
         transform(ReadsTraining().eval())
 
 
+class AssignsData(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+        self.register_buffer("center", torch.zeros(3))
+
+    def forward(self, x):
+        h = self.lin(x)
+        self.center.data = 0.9 * self.center + h.mean(0)
+        return h - self.center
+
+
+def test_an_assignment_to_data_is_refused():
+    """Of which neither fx nor torch.export leaves anything in its graph."""
+    with pytest.raises(
+        TraceError, match=r"assigned to \.data of a tensor.*copy_[\s\S]*self\.center\.data = "
+    ):
+        transform(AssignsData())
+    with pytest.raises(ValueError, match=r"forward of AssignsData: .*assigned to \.data of a tensor"):
+        transform(AssignsData(), example_inputs=torch.ones(2, 3))
+
+
 class Buffers(nn.Module):
     """Computes on buffers, plain tensors, constants and parameters before they meet the input."""
 

@@ -360,8 +360,15 @@ def test_another_batch_size():
 
 def test_errors():
     model, x = transform(mlp()), torch.randn(4, 6)
-    with pytest.raises(TypeError, match=r"samples must be floating, got torch.int64"):
+    with pytest.raises(TypeError, match=r"samples must be floating tensors, got torch.int64"):
         gradient_penalty.r1(model, torch.ones(4, 6, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"samples must be floating tensors, got str"):
+        gradient_penalty.r1(model, {"x": x})
+    for samples in ([x, x[:1]], [], torch.ones(())):
+        with pytest.raises(ValueError, match=r"samples must be of one batch size, \[b, \.\.\.\], got \["):
+            gradient_penalty.wgan_gp(model, samples, samples)
+    with pytest.raises(ValueError, match=r"shape \(4,\), got 0.5"):
+        gradient_penalty.wgan_gp(model, x, x, alpha=0.5)
     with pytest.raises(TypeError, match=r"scores must be a tensor, got list.*score="):
         gradient_penalty.r2(lambda x: [model(x)], x)
     with pytest.raises(ValueError, match=r"shape of real, \[\(4, 6\)\], got \[\(1, 6\)\]"):

@@ -551,23 +551,19 @@ def test_refuses_weights(make, match, select):
 
 
 class Masked(nn.Conv1d):
-    """As PixelCNN masks its weights: fx drops what is assigned."""
+    """As some PixelCNN mask their weights."""
 
-    def forward(self, x):
-        self.weight.data *= self.weight.new_ones(3).tril()
-        return super().forward(x)
-
-
-class MaskedInPlace(nn.Conv1d):
     def forward(self, x):
         self.weight.data.mul_(self.weight > 0)
         return super().forward(x)
 
 
-@pytest.mark.parametrize("kind", [Masked, MaskedInPlace])
-def test_refuses_a_weight_that_is_changed_through_data(kind):
+def test_refuses_a_weight_that_is_changed_through_data():
     refuses(
-        nn.Sequential(kind(2, 4, 3)), ValueError, r"'0.weight' \(Masked.*read as \.data.*weight \* mask", None
+        nn.Sequential(Masked(2, 4, 3)),
+        ValueError,
+        r"'0.weight' \(Masked.*read as \.data.*weight \* mask",
+        None,
     )
 
 
