@@ -213,6 +213,20 @@ def test_random_batches_keep_sizes_without_names_together():
     assert shapes == [[(n, n)] * 2 for n in (1, 2, 3)]
 
 
+def test_equal_matrices_keep_their_own_names(tmp_path):
+    """Each stored transposed for MatMul. And what the exporter has to say is as loud as before."""
+    layers = nn.Sequential(nn.Linear(96, 96, bias=False), nn.ReLU(), nn.Linear(96, 96, bias=False))
+    gm = transform(layers).eval()
+    for name in ("weight", "weight_u", "weight_v"):
+        getattr(gm.get_submodule("2"), name).data.copy_(getattr(gm.get_submodule("0"), name))
+    talker = logging.getLogger("torch.onnx._internal.exporter._registration")
+    before = talker.level
+    export(gm, torch.randn(1, 2, 96), tmp_path / "d.onnx")
+    assert talker.level == before
+    stored = onnx.load(tmp_path / "d.onnx").graph.initializer
+    assert {tensor.name for tensor in stored if len(tensor.dims) == 2} == {"0.weight", "2.weight"}
+
+
 def test_axes_come_before_dynamic_batch():
     args, axes = (torch.randn(2, 4), torch.tensor(1.0), torch.randn(2)), {"x": {0: "rows", 1: None}}
     free = dynamic_dimensions(args, ["x", "scale", "y"], axes, dynamic_batch=True)
