@@ -343,6 +343,7 @@ def _draw(results: dict[str, Any], path: Path) -> None:
         axis.set_title(panel.title, fontsize=10, loc="left")
         axis.set_ylabel(panel.unit, fontsize=8)
         axis.set_xticks(range(len(models)), names, fontsize=8)
+        axis.set_xlim(-0.5, len(models) - 0.5)  # one below the other, whatever was not measured
         axis.margins(y=0.2)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=7, ncols=3, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
