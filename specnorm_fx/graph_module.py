@@ -400,7 +400,7 @@ def transformed(model: nn.Module) -> dict[str, SpectralNormGraphModule]:
     """
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
     for module in modules.values():
-        if hasattr(module, "set_requires_gradient_sync"):  # FSDP2's
+        if hasattr(module, "set_reshard_after_backward"):  # FSDP2's; the DDP of replicate has none
             # After a forward without backward the outermost one holds its weights whole, in the dtype of
             # mixed precision. State dicts are of the shards, too.
             module.reshard()

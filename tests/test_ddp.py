@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from specnorm_fx import gradient_penalty, ops, sigmas, transform, update_, warm_up_
+from specnorm_fx import freeze, gradient_penalty, ops, sigmas, transform, update_, warm_up_
 from specnorm_fx.graph_module import transformed
 from tests.architectures import PatchGAN
 from tests.models import Discriminator, relative_error
@@ -163,6 +163,23 @@ def test_gradients_are_those_of_one_process_and_vectors_the_same(world_size, nam
         for error, state in (results[name] for results in ranks):
             assert error < TOLERANCE, name
             assert not unequal(state, ranks[0][name][1]), name
+
+
+def train_replicated(rank):
+    from torch.distributed._composable.replicate import replicate
+
+    gm = transform(Critic().double(), update="step")
+    alone = copy.deepcopy(gm)
+    error, state = train(rank, replicate(gm), 3, alone)
+    assert list(freeze(gm.eval()).state_dict()) == list(freeze(alone.eval()).state_dict())
+    return error, state
+
+
+def test_ddp_by_replicate():
+    """It has FSDP2's `set_requires_gradient_sync`, and nothing to reshard."""
+    (error, state), (other_error, other) = run_ranks(train_replicated, 2)
+    assert max(error, other_error) < TOLERANCE
+    assert not unequal(state, other)
 
 
 # --- Batch norm, dropout, a layer without use ---
