@@ -260,7 +260,8 @@ class SpectralNormGraphModule(fx.GraphModule):
         source = next((name for name in (given, *own) if f"{name}_v" in state_dict), given)
         pair = [state_dict.get(source + suffix) for suffix in ("_u", "_v")]
         if pair[1] is None and (found := stale[given]) is not None:
-            pair = list(_converged(site, *found, assigns))
+            vectors = zip(_converged(site, *found, assigns), ("_u", "_v"), strict=True)
+            pair = [sharded.placed_like(x, attribute(self, site.fqn + suffix)) for x, suffix in vectors]
         for suffix, vector in zip(("_u", "_v"), pair, strict=True):
             for name in names:
                 state_dict.pop(name + suffix, None)

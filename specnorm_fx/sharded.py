@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specnorm_fx import reference
 
-__all__ = ["Matrix", "full", "is_sharded", "local", "matrix", "normalized", "power_iteration"]
+__all__ = ["Matrix", "full", "is_sharded", "local", "matrix", "normalized", "placed_like", "power_iteration"]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -47,6 +47,24 @@ def local(vector: Tensor) -> Tensor:
         )
     whole: Tensor = dtensor.to_local()
     return whole
+
+
+def placed_like(vector: Tensor, buffer: Tensor) -> Tensor:
+    """The inverse of `local`: a u or v to copy into a buffer.
+
+    Args:
+        vector: A plain tensor, the same on every rank.
+        buffer: As in `local`.
+
+    Returns:
+        ``vector``, or a replicated ``DTensor`` of it.
+    """
+    if not is_sharded(buffer):
+        return vector
+    from torch.distributed.tensor import DTensor
+
+    dtensor: Any = buffer
+    return DTensor.from_local(vector, dtensor.device_mesh, dtensor.placements, run_check=False)
 
 
 def full(tensor: Tensor) -> Tensor:

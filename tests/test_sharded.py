@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from specnorm_fx import (
+    convert_state_dict,
     freeze,
     frozen_state_dict,
     reference,
@@ -442,6 +443,23 @@ def train_tensor_parallel(rank, update):
 @pytest.mark.parametrize("update", ["forward", "step"])
 def test_tensor_parallel_trains_as_unsharded(update):
     run_ranks(train_tensor_parallel, 2, update)
+
+
+def load_into_tensor_parallel(rank):
+    torch.manual_seed(0)
+    gm, other = (transform(Mlp().double()) for _ in range(2))
+    whole = copy.deepcopy(other)
+    for model in (gm, other):
+        parallelize(model, init_device_mesh("cpu", (2,)))
+    gm.load_state_dict(other.state_dict())
+    assert state_error(gm, whole) == 0
+    gm.load_state_dict(convert_state_dict(other.state_dict(), to="plain"))
+    whole.load_state_dict(convert_state_dict(whole.state_dict(), to="plain"))
+    assert state_error(gm, whole) < 1e-9
+
+
+def test_checkpoints_with_u_and_v_and_without_for_tensor_parallel():
+    run_ranks(load_into_tensor_parallel, 2)
 
 
 def train_in_two_dimensions(rank):
