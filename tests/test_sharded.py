@@ -20,6 +20,7 @@ from specnorm_fx import (
     convert_state_dict,
     freeze,
     frozen_state_dict,
+    gradient_penalty,
     reference,
     report,
     sharded,
@@ -392,8 +393,11 @@ class Mlp(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
-def parallelize(gm, mesh):
-    """Columns of the first layer, rows of the second; the rest is replicated, u and v among it."""
+def parallelize(gm, mesh, local=True):
+    """Columns of the first layer, rows of the second; the rest is replicated, u and v among it.
+
+    ``local``: inputs and outputs are plain tensors.
+    """
 
     def distribute(name, module, mesh):
         places = {"up": {"weight": 0, "bias": 0}, "down": {"weight": 1}}.get(name, {})
@@ -401,6 +405,8 @@ def parallelize(gm, mesh):
             whole = module.get_parameter(parameter).detach()
             module.register_parameter(parameter, nn.Parameter(distribute_tensor(whole, mesh, [Shard(d)])))
 
+    if not local:
+        return distribute_module(gm, mesh, distribute)
     return distribute_module(
         gm,
         mesh,
@@ -443,6 +449,24 @@ def train_tensor_parallel(rank, update):
 @pytest.mark.parametrize("update", ["forward", "step"])
 def test_tensor_parallel_trains_as_unsharded(update):
     run_ranks(train_tensor_parallel, 2, update)
+
+
+def penalise_tensor_parallel(rank):
+    torch.manual_seed(0)
+    gm = transform(Mlp().double())
+    twin = copy.deepcopy(gm)
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize(gm, mesh, local=False)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for model, samples in ((gm, spread(x, mesh, [Replicate()])), (twin, x)):
+        penalty, scores = gradient_penalty.r1(model, samples, return_output=True)
+        (penalty + scores.square().mean()).backward()
+    for got, want in zip(gm.parameters(), twin.parameters(), strict=True):
+        assert relative_error(sharded.full(got.grad), want.grad) < 1e-10
+
+
+def test_gradient_penalty_of_a_tensor_parallel_model_by_dtensors():
+    run_ranks(penalise_tensor_parallel, 2)
 
 
 def load_into_tensor_parallel(rank):
