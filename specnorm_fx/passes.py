@@ -6,7 +6,7 @@ import itertools
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -120,7 +120,7 @@ class SpectralNormPass(PassBase):
        with u and v through the one ``call_module`` of a `SpectralNorm`; its outputs take their place.
     3. u and v become the buffers ``<weight>_u`` and ``<weight>_v`` beside the weight.
     4. A weight that torch's spectral norm already normalises is taken over with u, v and options; one
-       that this pass has normalised before is left alone.
+       that this pass has normalised before is left alone, with a log message if other options are given.
     5. All else stays: nodes, their order and ``meta``.
 
     The pass does not modify its input: go on with ``PassResult.graph_module``. ``modified`` is False,
@@ -207,7 +207,8 @@ class SpectralNormPass(PassBase):
             self.selection.require_matches([*weights, *left])
 
         # 4. Those to normalise that are not normalised yet.
-        done = _normalized_fqns(root)
+        done = _normalized(root)
+        self._log_kept_options(weights, done)
         chosen = self._choose(weights, done, adopted, root, graph)
         if not chosen:
             logger.info("every selected weight is normalised already: nothing to do")
@@ -255,10 +256,28 @@ class SpectralNormPass(PassBase):
         rule = self.selection.rule_for(weight) if self.selection is not None else None
         return rule.config if rule is not None else None
 
+    def _log_kept_options(self, weights: list[Weight], done: Mapping[str, SpectralNormConfig]) -> None:
+        """Whoever asks for other options for a weight that is normalised already does not get them."""
+        kept = []
+        for weight in weights:
+            config = self.default if self.selection is None else self._rule_config(weight)
+            if config is None or weight.fqn not in done:
+                continue
+            given = [x.name for x in fields(config) if getattr(config, x.name) != x.default]
+            asked, has = _resolved(weight, config), done[weight.fqn]
+            if any(getattr(asked, name) != getattr(has, name) for name in given):
+                kept.append(weight.fqn)
+        if kept:
+            logger.warning(
+                "%s keep their options, as they are normalised already: for others transform the original "
+                "model",
+                ", ".join(kept),
+            )
+
     def _choose(
         self,
         weights: list[Weight],
-        done: set[str],
+        done: Mapping[str, SpectralNormConfig],
         adopted: dict[str, TorchSN],
         root: nn.Module,
         graph: fx.Graph,
@@ -399,10 +418,10 @@ def _theirs(weight: Weight, adopted: Mapping[str, TorchSN]) -> TorchSN | None:
     return next((adopted[name] for name in weight.names if name in adopted), None)
 
 
-def _normalized_fqns(model: nn.Module) -> set[str]:
-    if not isinstance(model, SpectralNormGraphModule):
-        return set()
-    return {site.fqn for site in model.sites()}
+def _normalized(model: nn.Module) -> dict[str, SpectralNormConfig]:
+    """What is normalised already: FQN and options."""
+    sites = model.sites() if isinstance(model, SpectralNormGraphModule) else ()
+    return {site.fqn: site.config for site in sites}
 
 
 def _log_lost_methods(model: nn.Module) -> None:

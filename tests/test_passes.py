@@ -147,6 +147,20 @@ def test_a_second_run_changes_nothing(case, caplog):
     assert result.graph_module is gm
     assert gm.code == code
     assert all(torch.equal(value, state[key]) for key, value in gm.state_dict().items())
+    assert "keep their options" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "given", [{"update": "step"}, {"select": {"0": SpectralNormConfig(dim=1)}}, {"select": "0", "eps": 1e-3}]
+)
+def test_other_options_for_what_is_normalised_are_logged(given, caplog):
+    layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    gm = transform(layers, "0", n_power_iterations=3)
+    assert transform(gm, "0", n_power_iterations=3, dim=-2) is gm
+    assert not caplog.records
+    assert transform(gm, **given) is gm
+    assert "0.weight keep their options, as they are normalised already: for others" in caplog.text
+    assert gm.sites()[0].config == SpectralNormConfig(n_power_iterations=3, dim=0)
 
 
 def test_a_second_run_may_add_weights():
