@@ -634,6 +634,18 @@ FAULTS = [
         "No such file",
         id="inspect: one of two files",
     ),
+    pytest.param(
+        nothing,
+        ("inspect", "disc.pt", "--plot", "disc.pt"),
+        "--plot must be another file than disc.pt",
+        id="plot: the checkpoint",
+    ),
+    pytest.param(
+        nothing,
+        ("inspect", *LOADED, "--html", "disc.pt"),
+        "--html must be another file than disc.pt",
+        id="page: the checkpoint of a model",
+    ),
     # verify.
     bad_onnx(nothing, "There is no ONNX file bad.onnx", "no ONNX file"),
     bad_onnx(lambda: os.mkdir("bad.onnx"), "There is no ONNX file bad.onnx", "a folder as ONNX file"),
@@ -654,18 +666,6 @@ FAULTS = [
         ("verify", "disc.onnx", "--model", *LOADED, "--rtol", "small"),
         "invalid float",
         id="rtol: no number",
-    ),
-    pytest.param(
-        nothing,
-        ("inspect", "disc.pt", "--plot", "disc.pt"),
-        "--plot must be another file than disc.pt",
-        id="plot: the checkpoint",
-    ),
-    pytest.param(
-        nothing,
-        ("inspect", *LOADED, "--html", "disc.pt"),
-        "--html must be another file than disc.pt",
-        id="page: the checkpoint of a model",
     ),
 ]
 
