@@ -488,7 +488,8 @@ def _score_files(args: argparse.Namespace) -> bool:
     files = _expand(args.images)
     session = open_session(args.model)
     model = model_input(session)
-    read = (args.model, *files)
+    # In a folder, a link may lead nowhere.
+    read = [path for path in (Path(args.model), *files) if path.exists()]
     if args.output is not None and args.output.exists() and any(map(args.output.samefile, read)):
         raise ValueError(f"-o {args.output} is a file that is read; give another path")
     progress = _Progress(len(files), args.progress)

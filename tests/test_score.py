@@ -623,6 +623,15 @@ def test_main_skips_and_lists_what_it_cannot_score(tmp_path, damaged, capsys, di
     np.testing.assert_allclose(scores, expected_of(damaged)[1], rtol=1e-5, atol=1e-6)
 
 
+def test_main_lists_a_link_that_leads_nowhere(model, folder, tmp_path):
+    (folder / "z.png").symlink_to(folder / "missing")
+    output = tmp_path / "scores.csv"
+    for _ in range(2):  # the second time over what the first has written
+        assert score.main([str(model), str(folder), "-o", str(output)]) == 1
+        *_, (name, value, error) = rows_of(output.read_text())
+        assert (name, value, error) == (str(folder / "z.png"), None, "No such file or directory")
+
+
 def test_main_says_which_images_of_an_array_have_no_finite_score(model, tmp_path, capsys):
     values = np.array([0, np.inf, -np.inf, np.nan])
     with (tmp_path / "x.NPY").open("wb") as file:
