@@ -162,9 +162,10 @@ def normalize_backward(
     """
     count = len(normalized)
     plan, weights = _planned(normalized, dims, ["uv"] * count, [0] * count, eps, contiguous)
+    empty, dtype = memory.empty_on(weights[0].device), weights[0].dtype
     results = [
-        None if grad is None else torch.empty(w.shape, dtype=w.dtype) if turned else torch.empty_like(w)
-        for grad, w, turned in zip(grads, weights, plan.turned, strict=True)
+        None if grad is None else empty(*layout, dtype)
+        for grad, layout in zip(grads, plan.results, strict=True)
     ]
     aligned = [
         grad
@@ -192,9 +193,10 @@ def _run(
     plan, weights = _planned(weights, dims, orders, n_power_iterations, eps, [False] * len(weights))
     dtype = weights[0].dtype
     stored = memory.contiguous_vectors((*us, *vs), weights[0], dtype, plan.sizes)
-    vectors = stored[0].new_empty(plan.size)
-    sigmas = stored[0].new_empty(len(weights), dtype=torch.float64)
-    results = [torch.empty_like(weight) for weight in weights] if divides else []
+    empty = memory.empty_on(weights[0].device)
+    vectors = empty((plan.size,), (1,), dtype)
+    sigmas = empty((len(weights),), (1,), torch.float64)
+    results = [empty(*layout, dtype) for layout in plan.results] if divides else []
     done = (ctypes.c_int8 * len(weights))()
     addresses = [x.data_ptr() for x in (*weights, *stored, *results)]
     _call("normalize", dtype, plan.sites, addresses, divides, vectors.data_ptr(), sigmas.data_ptr(), done)
@@ -221,7 +223,7 @@ class _Plan:
 
     Attributes:
         sites: The weights, as the C code takes them; valid as long as the plan lives.
-        turned: Whether the gradient is stored contiguous, though the weight is not.
+        results: Shape and strides of each result.
         sizes: Elements of every u, then of every v.
         size: Of all together.
         is_dense: Whether no weight has gaps between its elements, or elements in one place.
@@ -231,7 +233,10 @@ class _Plan:
         memory.refuse_empty([shape for shape, *_ in weights])
         layouts = [_layout(*weight) for weight in weights]
         self.sites = (_Site * len(layouts))(*[site for site, _ in layouts])
-        self.turned = [site.channels > 0 for site in self.sites]
+        self.results = [
+            (tuple(shape), memory.contiguous_strides(shape) if site.channels > 0 else stride)
+            for site, (shape, stride, *_) in zip(self.sites, weights, strict=True)
+        ]
         # Kept, and not left to the cache of `_places`: of two threads that fill it at once the second throws
         # out what the first has taken.
         self._places = [places for _, places in layouts]

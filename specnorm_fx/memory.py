@@ -1,12 +1,31 @@
 """How tensors lie in memory: what kernels ask, which look at nothing but addresses."""
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import guards
 
-__all__ = ["contiguous_vectors", "dense", "is_dense", "refuse_empty"]
+__all__ = ["contiguous_strides", "contiguous_vectors", "dense", "empty_on", "is_dense", "refuse_empty"]
+
+
+def empty_on(device: torch.device) -> Callable[..., Tensor]:
+    """What allocates a tensor there, given its shape and strides, two tuples, and dtype.
+
+    Inductor's code calls it: past the dispatcher, in two thirds of the time of ``torch.empty_like``.
+
+    Args:
+        device: The CPU, or a GPU, which must be the current one when it is called.
+    """
+    return _EMPTY[device.type]
+
+
+_EMPTY: dict[str, Callable[..., Tensor]] = {
+    "cpu": guards._empty_strided_cpu,  # type: ignore[attr-defined]
+    "cuda": guards._empty_strided_cuda,  # type: ignore[attr-defined]
+}
 
 
 def contiguous_vectors(
@@ -35,6 +54,15 @@ def contiguous_vectors(
     if (given := tuple([x.numel() for x in stored])) != sizes:
         raise ValueError(f"u and v have {given} elements and need {sizes}.")
     return stored
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Those of a contiguous tensor.
+
+    Args:
+        shape: Without zeros.
+    """
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
 
 
 def refuse_empty(shapes: Sequence[Sequence[int]]) -> None:

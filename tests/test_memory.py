@@ -30,3 +30,20 @@ def test_vectors_are_read_where_they_lie_or_copied():
     assert torch.equal(turned, u.bfloat16().float())
     with pytest.raises(ValueError, match=r"have \(3, 4\) elements and need \(3, 5\)"):
         memory.contiguous_vectors([u, v], u, torch.float32, (3, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "stride"), [((3, 4), (4, 1)), ((3, 4, 2), (8, 1, 4)), ((5,), (1,))])
+def test_empty_on_is_what_empty_strided_gives(shape, stride, dtype):
+    made = memory.empty_on(torch.device("cpu"))(shape, stride, dtype)
+    want = torch.empty_strided(shape, stride, dtype=dtype)
+    for x in (made, want):
+        assert (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) == (
+            *(shape, stride, dtype, torch.device("cpu"), False),
+        )
+    assert made.untyped_storage().nbytes() == want.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 1, 4), (5, 3, 2, 2)])
+def test_contiguous_strides(shape):
+    assert memory.contiguous_strides(shape) == torch.empty(shape).stride()

@@ -10,9 +10,9 @@ import sys
 import textwrap
 import threading
 import weakref
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import specnorm_fx
-from specnorm_fx import ops, reference, transform
+from specnorm_fx import memory, ops, reference, transform
 from tests.accesses import Accesses, checked
 from tests.models import Discriminator
 
@@ -324,44 +324,64 @@ def test_every_launch_is_on_the_device_of_the_weights(kernels, monkeypatch):
     assert launched == [[case.w.device]] * 5
 
 
-def test_what_is_compiled_is_launched_past_the_lookup(kernels):
-    """By kind and flag; the grid of a compiled kernel has three dimensions."""
+def test_what_is_compiled_is_launched_past_the_lookup(kernels, monkeypatch):
+    """By kind and flag, on the stream of its device; by Triton's own launch if somebody hooks on."""
     calls = []
+
+    class Compiled:
+        function, packed_metadata = "function", "metadata"
+
+        def __init__(self, name):
+            self.name = name
+
+        def run(self, *args):
+            calls.append((self.name, args))
+
+        def __getitem__(self, grid):
+            return lambda *args: calls.append((self.name, grid, args))
 
     class Kernel:
         arg_names = ("table", "FIRST", "VEC", "L")
-
-        def __init__(self, name, *makes):
-            self.name, self.makes = name, list(makes)
+        makes: ClassVar = [Compiled(name) for name in "abc"]
 
         def __getitem__(self, grid):
             def launch(*args, **options):
-                calls.append((self.name, grid, args, options))
-                return self.makes.pop(0) if self.makes else None
+                calls.append(("source", grid, args, options))
+                return self.makes.pop(0)
 
             return launch
 
-    launcher = kernels.launching._Launcher(
-        Kernel("source", Kernel("a"), Kernel("b"), Kernel("c")), num_warps=4
-    )
+    driver = SimpleNamespace(get_current_stream=lambda index: f"stream {index}")
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
+    launcher = kernels.launching._Launcher(Kernel(), num_warps=4)
     first, second = (
         kernels.launching._Specialization(torch.device("cuda", i), torch.float16, torch.float32, 8)
         for i in range(2)
     )
     for kind, flag in ((first, True), (first, True), (first, False), (second, True), (second, True)):
         launcher(kind, 5, ("x",), flag)
-    compiled, options = {"num_warps": 4}, {}
+    compiled, rest = {"num_warps": 4}, ("function", "metadata", None, None, None, "x", True, 8, 8)
     assert calls == [
         ("source", (5,), ("x", True, 8, 8), compiled),
-        ("a", (5, 1, 1), ("x", True, 8, 8), options),
+        ("a", (5, 1, 1, "stream 0", *rest)),
         ("source", (5,), ("x", False, 8, 8), compiled),
         ("source", (5,), ("x", True, 8, 8), compiled),
-        ("c", (5, 1, 1), ("x", True, 8, 8), options),
+        ("c", (5, 1, 1, "stream 1", *rest)),
     ]
 
+    calls.clear()
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        with triton.knobs.runtime.scope():
+            getattr(triton.knobs.runtime, name).add(print)
+            launcher(first, 5, ("x",), True)
+            getattr(triton.knobs.runtime, name).remove(print)
+    assert calls == [("a", (5, 1, 1), ("x", True, 8, 8))] * 2
 
-def test_the_device_is_made_the_current_one(kernels):
+
+def test_the_device_is_made_the_current_one(kernels, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert kernels.launching._on(torch.device("cuda", 1)).idx == 1
+    assert kernels.launching._on(torch.device("cuda", 0)).__enter__() is None  # it is already
 
 
 def test_tables_are_kept_for_good_and_made_on_another_thread(kernels, monkeypatch):
@@ -684,7 +704,7 @@ def test_contiguous_gradients_from_any_strides(kernels, name):
 
 
 def test_a_contiguous_gradient_takes_no_copy(kernels, monkeypatch):
-    """It is written where it belongs: one tensor of the size of each weight is made, and nothing else."""
+    """It is written where it belongs: one tensor of the size of each weight is made, and the partial sums."""
     cases = [make(name) for name in TURNED if name not in ("three strides", "channels last 1x1")]
     grads = [torch.randn_like(case.w) for case in cases]
     _, vectors, sigmas = run(kernels, cases)
@@ -692,12 +712,19 @@ def test_a_contiguous_gradient_takes_no_copy(kernels, monkeypatch):
     normalized = [case.w.clone() for case in cases]
     options = [EPS] * len(cases), [case.dim for case in cases], [True] * len(cases)
     monkeypatch.setattr(kernels.launching._Launcher, "__call__", lambda *_: None)  # the interpreter copies
+    made, empty = [], memory.empty_on(torch.device(DEVICE))
+
+    def allocate(*layout):
+        made.append(layout)
+        return empty(*layout)
+
+    monkeypatch.setattr(memory, "empty_on", lambda device: allocate)
     with Operators() as operators:
         kernels.normalize_backward(grads, normalized, vectors, sigmas, *options)
-    assert Counter(operators.called) == {
-        torch.ops.aten.new_empty.default: len(cases),
-        torch.ops.aten.empty.memory_format: 1,  # partial sums
-    }
+    assert not operators.called
+    *results, sums = made
+    assert results == [(tuple(w.shape), w.contiguous().stride(), w.dtype) for w in normalized]
+    assert sums[2] == torch.float64
 
 
 class Operators(TorchDispatchMode):

@@ -60,7 +60,8 @@ class _Launcher:
     """A kernel, past Triton's own launch where it is compiled already.
 
     For each of some dozens of arguments that one looks up what to specialise on and which kernel that makes,
-    and then whether a constant has changed: 50 to 75 us a launch on a host where this takes 8 to 12.
+    and then whether a constant has changed: 50 to 75 us a launch on a host where this takes 8. The hooks
+    around each launch, of a profiler say, would be as much again, so they are called where there are any.
 
     Args:
         kernel: All but its constants is specialised alike in all calls.
@@ -86,7 +87,13 @@ class _Launcher:
         found = self._compiled.get((special, flag))
         if found is not None:
             compiled, constants = found
-            compiled[programs, 1, 1](*arguments, *constants)
+            if _is_hooked():
+                compiled[programs, 1, 1](*arguments, *constants)
+                return
+            stream = triton.runtime.driver.active.get_current_stream(special.device.index)
+            function, metadata = compiled.function, compiled.packed_metadata
+            hooks = (None, None, None)  # what they are given, that before the launch, that after it
+            compiled.run(programs, 1, 1, stream, function, metadata, *hooks, *arguments, *constants)
             return
         constants = special.constants(self.kernel, flag)
         compiled = self.kernel[(programs,)](*arguments, *constants, **self.options)
@@ -94,6 +101,13 @@ class _Launcher:
             compiled = compiled.result()
         if compiled is not None:  # else it is interpreted
             self._compiled[special, flag] = compiled, constants
+
+
+def _is_hooked() -> bool:
+    """Whether somebody wants to hear of launches: in Triton a chain of hooks, or one, or None."""
+    runtime = triton.knobs.runtime
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 # Two programs share the 65536 registers of an SM: one reads while the other one computes. (Of four warps each
@@ -226,18 +240,19 @@ def _forward(
     if not plan.is_dense:
         return _forward([*map(memory.dense, weights)], us, vs, n_power_iterations, eps, dims, orders, divide)
     stored = memory.contiguous_vectors((*us, *vs), weights[0], compute, plan.sizes)
-    vectors = torch.empty(plan.size, dtype=compute, device=device)
-    sigmas = torch.empty(len(weights), dtype=torch.float64, device=device)
-    # Without division nothing is written there, so any address will do.
-    outputs = [torch.empty_like(w) for w in weights] if divide else weights
     read = weights
     if plan.copied:
         read = [w.contiguous() if i in plan.copied else w for i, w in enumerate(weights)]
-    addresses = _addresses((*read, *stored, *weights, *outputs))
+    empty = memory.empty_on(device)
     with _on(device):
+        vectors = empty((plan.size,), (1,), compute)
+        sigmas = empty((len(weights),), (1,), torch.float64)
+        # Without division nothing is written there, so any address will do.
+        outputs = [empty(*layout, dtype) for layout in plan.results] if divide else weights
+        addresses = _addresses((*read, *stored, *weights, *outputs))
         for chunk in plan.chunks:
-            workspace = torch.empty(chunk.workspace, dtype=compute, device=device)
-            sums = torch.empty(chunk.sums, dtype=torch.float64, device=device)
+            workspace = empty((chunk.workspace,), (1,), compute)
+            sums = empty((chunk.sums,), (1,), torch.float64)
             special = _Specialization(device, dtype, compute, chunk.padded)
             _compile(special, (_pass, True), (_reduce, False), (_finish, divide))
             readable, xs, ys, originals, results = [take(addresses) for take in chunk.takes]
@@ -289,14 +304,12 @@ def normalize_backward(
             torch.empty_like(w).copy_(g) if g is not None and i in plan.copied | plan.relaid else g
             for i, (g, w) in enumerate(zip(grads, read, strict=True))
         ]
-    outputs = [
-        None if g is None else w.new_empty(w.shape) if i in plan.turned else torch.empty_like(w)
-        for i, (g, w) in enumerate(zip(grads, read, strict=True))
-    ]
-    addresses = _addresses((*read, *sources, *outputs))
+    empty = memory.empty_on(device)
     with _on(device):
+        outputs = [None if layout is None else empty(*layout, dtype) for layout in plan.results]
+        addresses = _addresses((*read, *sources, *outputs))
         for chunk in plan.chunks:
-            sums = torch.empty(chunk.sums, dtype=torch.float64, device=device)
+            sums = empty((chunk.sums,), (1,), torch.float64)
             special = _Specialization(device, dtype, vectors.dtype, chunk.padded)
             _compile(special, (_dot, False), (_gradient, False))
             factors, gradients, results = [take(addresses) for take in chunk.takes]
@@ -323,4 +336,9 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     # Triton launches on the current device, which need not be that of the weights.
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+_HERE = contextlib.nullcontext()

@@ -6,6 +6,8 @@ A dimension of the matrix is below 2^31, the weight as a whole need not be.
 import math
 from typing import NamedTuple
 
+from specnorm_fx import memory
+
 __all__ = ["Axis", "Weight"]
 
 
@@ -83,7 +85,7 @@ class Weight(NamedTuple):
 
     def contiguous(self) -> "Weight":
         """Of a contiguous copy, and of a gradient that is contiguous, too."""
-        stride = tuple(math.prod(self.shape[d + 1 :]) for d in range(len(self.shape)))
+        stride = memory.contiguous_strides(self.shape)
         return self._replace(stride=stride, grad_stride=stride)
 
 

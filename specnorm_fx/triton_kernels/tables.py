@@ -87,7 +87,7 @@ class Plan(NamedTuple):
     chunks: Sequence[Chunk] = ()
     copied: frozenset[int] = frozenset()  # weights (and gradients) to be read from a contiguous copy
     relaid: frozenset[int] = frozenset()  # gradients to be read from a copy with the strides of the weight
-    turned: frozenset[int] = frozenset()  # results that are contiguous, though what is read is not
+    results: Sequence[Any] = ()  # shape and strides of each, or None where nothing is to be written
     sizes: tuple[int, ...] = ()  # of every u, then of every v
     size: int = 0  # of all together
     is_dense: bool = True  # else there is nothing here: no weight may have gaps
@@ -168,7 +168,8 @@ def forward_plan(
         starts: list[int | list[int]] = [0, xs, [3 * many - x for x in xs], 3 * many, 4 * many]
         chunks.append(_chunk([table], indices, device, starts))
     ms, ns = zip(*(weight.sides for weight in weights), strict=True)
-    return Plan(chunks, copied, sizes=(*ms, *ns), size=sum(ms) + sum(ns))
+    results = [*map(_layout, weights)] if divide else []
+    return Plan(chunks, copied, results=results, sizes=(*ms, *ns), size=sum(ms) + sum(ns))
 
 
 @functools.cache
@@ -212,7 +213,8 @@ def backward_plan(
     own = {i: weights[i]._replace(grad_stride=weights[i].stride) for i in present}
     copied = frozenset(i for i in present if not has_axes(i, own[i]))
     relaid = frozenset(i for i in present if not has_axes(i, weights[i])) - copied
-    turned = frozenset(i for i in present if result_of(i, own[i]) != own[i]) - copied
+    written = {i: weights[i].contiguous() if i in copied else result_of(i, weights[i]) for i in present}
+    results = [_layout(written[i]) if i in written else None for i in range(many)]
     chunks = []
     for indices in _chunks(present):
         dot_table, gradient_table = _Table(), _Table()
@@ -235,7 +237,7 @@ def backward_plan(
             fields |= {GRADIENT_TILES: gradient_tiles}
             gradient_table.add(result, oriented, fields, {GRADIENT_START: _ceil(tiles, gradient_tiles)})
         chunks.append(_chunk([dot_table, gradient_table], indices, device, [0, many, 2 * many]))
-    return Plan(chunks, copied, relaid, turned)
+    return Plan(chunks, copied, relaid, results)
 
 
 def _tiled(oriented: tuple[Axis, Axis, bool], itemsize: int) -> tuple[dict[Any, int], int]:
@@ -255,6 +257,10 @@ def _tiled(oriented: tuple[Axis, Axis, bool], itemsize: int) -> tuple[dict[Any, 
         ALL_TILES: tiles,
     }
     return fields, tiles
+
+
+def _layout(weight: Weight) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(weight.shape), weight.stride  # a torch.Size would not do for `memory.empty_on`
 
 
 class _Table:
