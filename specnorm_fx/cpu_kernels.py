@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import math
 import warnings
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -197,9 +198,10 @@ def _run(
     vectors = empty((plan.size,), (1,), dtype)
     sigmas = empty((len(weights),), (1,), torch.float64)
     results = [empty(*layout, dtype) for layout in plan.results] if divides else []
-    done = (ctypes.c_int8 * len(weights))()
+    done = array("b", bytes(len(weights)))
     addresses = [x.data_ptr() for x in (*weights, *stored, *results)]
-    _call("normalize", dtype, plan.sites, addresses, divides, vectors.data_ptr(), sigmas.data_ptr(), done)
+    outputs = (vectors.data_ptr(), sigmas.data_ptr(), done.buffer_info()[0])
+    _call("normalize", dtype, plan.sites, addresses, divides, *outputs)
     if 0 in done:
         for k in (k for k, is_done in enumerate(done) if not is_done):
             options = (n_power_iterations[k], eps[k], dims[k], orders[k])
@@ -213,8 +215,9 @@ def _run(
 
 
 def _call(name: str, dtype: torch.dtype, sites: Any, addresses: list[int], *others: Any) -> None:
-    packed = (ctypes.c_int64 * len(addresses))(*addresses)
-    if not _function(name, dtype)(sites, packed, len(sites), torch.get_num_threads(), *others):
+    packed = array("q", addresses)  # an array of ctypes takes three times as long to make
+    at, _ = packed.buffer_info()
+    if not _function(name, dtype)(sites, at, len(sites), torch.get_num_threads(), *others):
         raise MemoryError(f"{name} of {len(sites)} weights found no memory for their singular vectors.")
 
 

@@ -251,8 +251,11 @@ def split(
     Returns:
         u, ``[m]``, and v, ``[n]``, of each weight: views.
     """
-    sides = [(weight.shape[dim], weight.numel()) for weight, dim in zip(weights, dims, strict=True)]
-    views = vectors.split([size for m, numel in sides for size in (m, numel // m)])
+    sizes: list[int] = []
+    for weight, dim in zip(weights, dims, strict=True):
+        m = weight.shape[dim]
+        sizes += (m, weight.numel() // m)
+    views = torch.split_with_sizes(vectors, sizes)
     return list(views[::2]), list(views[1::2])
 
 
