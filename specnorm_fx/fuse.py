@@ -583,7 +583,7 @@ def _replace_(
             fresh = _parts(graph, call, columns)
         else:
             call = graph.call_function(ops.singular_vectors, (stored, us, vs, *options))
-            fresh = [x for pair in _items(graph, call, 2) for x in _items(graph, pair, len(columns))]
+            fresh = _items(graph, call, 2 * len(columns))
         _update_(graph, columns, fresh)
         used = [m.u_used for m in columns] + [m.v_used for m in columns]
         for old, new in zip(used, fresh, strict=True):

@@ -178,9 +178,16 @@ def _normalize_by_reference(
     _, eps, dims, _ = options
     with torch.no_grad():
         stored = [weight.detach() for weight in weights]
-        new_us, new_vs = ops.singular_vectors(stored, us, vs, *options, True)
+        new_us, new_vs = _iterate_by_reference(stored, us, vs, *options, True)
     sites = zip(weights, new_us, new_vs, eps, dims, strict=True)
     return new_us, new_vs, [reference.normalized(*site) for site in sites]
+
+
+def _iterate_by_reference(
+    weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *options: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    vectors = ops.singular_vectors(weights, us, vs, *options)
+    return vectors[: len(us)], vectors[len(us) :]
 
 
 # Dynamo does not follow shards and collectives: the graph breaks here. (torch.compiler.disable would load
@@ -206,5 +213,5 @@ def _iterate_sharded(
 
 
 _BY_OPERATOR = _Way(_normalize_by_operator, _iterate_by_operator)
-_REFERENCE = _Way(_normalize_by_reference, ops.singular_vectors)
+_REFERENCE = _Way(_normalize_by_reference, _iterate_by_reference)
 _SHARDED = _Way(_normalize_sharded, _iterate_sharded)

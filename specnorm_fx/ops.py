@@ -59,7 +59,7 @@ __all__ = [
 # The overload that the operators are. Compiled code is cached on disk by the names in its graph: whoever
 # changes what an operator takes, gives or saves for backward must change this, or users get the old
 # gradient with the new forward.
-REVISION = "r5"
+REVISION = "r6"
 
 ARGUMENTS = (
     "Tensor[] weights, Tensor[] us, Tensor[] vs, int[] n_power_iterations, float[] eps, int[] dims, "
@@ -126,16 +126,16 @@ def _normalize(
     dims: list[int],
     orders: list[str],
     once: bool = False,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> list[Tensor]:
     refuse_recompute(n, once)
     kernels = _kernels(weights)
     if kernels is not None:
-        found: tuple[Tensor, Tensor, list[Tensor]] = kernels.normalize(weights, us, vs, n, eps, dims, orders)
-        return found
+        vectors, sigmas, normalized = kernels.normalize(weights, us, vs, n, eps, dims, orders)
+        return [vectors, sigmas, *normalized]
     vectors, sigmas = _power_iteration(weights, us, vs, n, eps, dims, orders)
     columns = (weights, *split(vectors, weights, dims), eps, dims)
     normalized = [reference.normalized(*site) for site in zip(*columns, strict=True)]
-    return vectors, sigmas, [_laid_out(*pair) for pair in zip(normalized, weights, strict=True)]
+    return [vectors, sigmas, *map(_laid_out, normalized, weights)]
 
 
 def _power_iteration(
@@ -151,10 +151,11 @@ def _power_iteration(
     if kernels is not None:
         found: tuple[Tensor, Tensor] = kernels.power_iteration(weights, us, vs, n, eps, dims, orders)
         return found
-    new_us, new_vs = _singular_vectors(weights, us, vs, n, eps, dims, orders)
+    columns = (weights, us, vs, n, eps, dims, orders)
+    pairs = [reference.singular_vectors(*site) for site in zip(*columns, strict=True)]
     matrices = map(reference.weight_matrix, weights, dims)
-    sigmas = torch.stack([*map(reference.sigma, matrices, new_us, new_vs)])
-    return torch.cat([x for pair in zip(new_us, new_vs, strict=True) for x in pair]), sigmas.double()
+    sigmas = [reference.sigma(matrix, *pair) for matrix, pair in zip(matrices, pairs, strict=True)]
+    return torch.cat([x for pair in pairs for x in pair]), torch.stack(sigmas).double()
 
 
 def _gradients_by_kernel(
@@ -175,7 +176,7 @@ def _gradients_by_kernel(
             None if grad is None else _laid_out(reference.gradient(grad, *site), site[0], wants)
             for wants, grad, *site in zip(contiguous, *columns, strict=True)
         ]
-    return [gradient for gradient in gradients if gradient is not None]
+    return _never_one([gradient for gradient in gradients if gradient is not None])
 
 
 def _singular_vectors(
@@ -187,11 +188,11 @@ def _singular_vectors(
     dims: list[int],
     orders: list[str],
     once: bool = False,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> list[Tensor]:
     refuse_recompute(n, once)
     columns = (weights, us, vs, n, eps, dims, orders)
     pairs = [reference.singular_vectors(*site) for site in zip(*columns, strict=True)]
-    return [u for u, _ in pairs], [v for _, v in pairs]
+    return [*(u for u, _ in pairs), *(v for _, v in pairs)]
 
 
 def _store(buffers: list[Tensor], vectors: list[Tensor]) -> None:
@@ -238,6 +239,11 @@ def _laid_out(result: Tensor, weight: Tensor, contiguous: bool = False) -> Tenso
     return result if result.stride() == promised.stride() else promised.copy_(result)
 
 
+def _never_one(results: list[Tensor]) -> list[Tensor]:
+    # Inductor's cpp_wrapper takes a list of one for a tensor, and the process dies of it (torch 2.13).
+    return [*results, results[0].new_empty(0)] if len(results) == 1 else results
+
+
 def split(
     vectors: Tensor, weights: Sequence[Tensor], dims: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -277,11 +283,8 @@ def _gradients(
 # --- Shapes ---
 
 
-def _fake_normalize(
-    weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *_: object
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    vectors, sigmas = _fake_power_iteration(weights, us, vs)
-    return vectors, sigmas, [_promised(weight) for weight in weights]
+def _fake_normalize(weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *_: object) -> list[Tensor]:
+    return [*_fake_power_iteration(weights, us, vs), *map(_promised, weights)]
 
 
 def _fake_power_iteration(
@@ -303,17 +306,14 @@ def _fake_gradients(
     contiguous: list[bool],
 ) -> list[Tensor]:
     sites = zip(grads, normalized, contiguous, strict=True)
-    return [_promised(weight, wants) for grad, weight, wants in sites if grad is not None]
+    return _never_one([_promised(weight, wants) for grad, weight, wants in sites if grad is not None])
 
 
 def _fake_singular_vectors(
     weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *_: object
-) -> tuple[list[Tensor], list[Tensor]]:
-    dtypes = [reference.compute_dtype(weight) for weight in weights]
-    return tuple(  # type: ignore[return-value]
-        [torch.empty_like(x, dtype=dtype) for x, dtype in zip(column, dtypes, strict=True)]
-        for column in (us, vs)
-    )
+) -> list[Tensor]:
+    dtypes = [reference.compute_dtype(weight) for weight in weights] * 2
+    return [torch.empty_like(x, dtype=dtype) for x, dtype in zip([*us, *vs], dtypes, strict=True)]
 
 
 # --- Gradient ---
@@ -413,7 +413,7 @@ def _differentiable_normalize(
         columns = (weights, *split(vectors, weights, dims), eps, dims)
         return vectors, sigmas, [reference.normalized(*site) for site in zip(*columns, strict=True)]
     with torch.no_grad():
-        vectors, sigmas, found = _normalize_forward(weights, us, vs, n, eps, dims, orders, once)
+        vectors, sigmas, *found = _normalize_forward(weights, us, vs, n, eps, dims, orders, once)
     if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         return vectors, sigmas, found
     gradient_groups = _gradient_groups(weights)
@@ -524,16 +524,17 @@ normalize = _define(
     _differentiable_normalize,
     None,
 )
+# The same in one list: Inductor's cpp_wrapper takes no operator that returns a list among others.
 _normalize_forward = _define(
     "normalize_forward",
-    f"({ARGUMENTS}, bool once=False) -> (Tensor, Tensor, Tensor[])",
+    f"({ARGUMENTS}, bool once=False) -> Tensor[]",
     _normalize,
     _fake_normalize,
 )
 # (grads or None, normalized, vectors, sigmas, eps, dims, contiguous) -> the gradients of the weights that
-# have one. From W / sigma and not W: the user of the weight keeps it anyway, in the layout that its gradient
-# comes in. That is channels_last under Inductor, but the gradient is contiguous where W is: else autograd
-# turns it, one element at a time (2.8 M weights: 3 % of a training step).
+# have one; behind a single one an empty tensor. From W / sigma and not W: the user of the weight keeps it
+# anyway, in the layout that its gradient comes in. That is channels_last under Inductor, but the gradient is
+# contiguous where W is: else autograd turns it, one element at a time (2.8 M weights: 3 % of a step).
 _normalize_backward = _define(
     "normalize_backward",
     "(Tensor?[] grads, Tensor[] normalized, Tensor vectors, Tensor sigmas, float[] eps, int[] dims, "
@@ -547,10 +548,10 @@ power_iteration = _define(
     "power_iteration", f"({ARGUMENTS}) -> (Tensor, Tensor)", _power_iteration, _fake_power_iteration
 )
 
-# As `normalize`, -> (us, vs): `reference.singular_vectors` of each weight, which must be detached.
+# As `normalize`, -> all u, then all v: `reference.singular_vectors` of each weight, which must be detached.
 singular_vectors = _define(
     "singular_vectors",
-    f"({ARGUMENTS}, bool once=False) -> (Tensor[], Tensor[])",
+    f"({ARGUMENTS}, bool once=False) -> Tensor[]",
     _singular_vectors,
     _fake_singular_vectors,
 )

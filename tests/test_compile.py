@@ -264,6 +264,17 @@ def test_inductor_makes_no_kernel_of_its_own_for_spectral_norm():
     assert counts[0] == counts[1] > 0
 
 
+def test_inductors_cpp_wrapper():
+    """It takes no list beside other results; and a list of one, the gradient of one weight, for a tensor."""
+    gm = transform(nn.Sequential(nn.Linear(3, 4)))
+    eager = copy.deepcopy(gm)
+    fast = torch.compile(gm, fullgraph=True, options={"cpp_wrapper": True})
+    x = torch.randn(2, 3)
+    for model in (fast, eager):
+        model(x).exp().sum().backward()
+    assert close([*gradients(gm), *vectors(gm)], [*gradients(eager), *vectors(eager)], torch.float32)
+
+
 @pytest.mark.parametrize(
     "compiles", [False, pytest.param(True, marks=NEEDS_STORE)], ids=["eager", "compiled"]
 )

@@ -41,6 +41,15 @@ def test_opcheck(name, dtype):
     torch.library.opcheck(operator(name), arguments(dtype))
 
 
+@pytest.mark.parametrize(
+    "name", ["normalize_forward", "normalize_backward", "power_iteration", "singular_vectors", "store_"]
+)
+def test_returns_what_cpp_wrapper_takes(name):
+    """Tensors, or one list of them, beside which there is nothing."""
+    returns = [str(argument.type) for argument in operator(name)._schema.returns]
+    assert returns == ["List[Tensor]"] or set(returns) <= {"Tensor"}
+
+
 def test_opcheck_of_weights_with_gaps():
     """Of which the copy without gaps has its dimensions in the order that is promised."""
     weights, *others = arguments()
