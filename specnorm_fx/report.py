@@ -192,9 +192,11 @@ def skipped_weights(model: nn.Module) -> Iterator[tuple[str, capture.Weight, str
     """
     for prefix, gm in transformed(model).items():
         normalized = {site.fqn for site in gm.sites()}
+        # A frozen model does not know any more which of its weights are W / sigma.
+        left_out = "not selected" if gm.call() else "the model is frozen"
         for weight in capture.find_weights(gm, gm.graph):
             if weight.fqn not in normalized:
-                why = "not selected" if weight.nodes else capture.obstacle(weight, gm, gm.graph)
+                why = left_out if weight.nodes else capture.obstacle(weight, gm, gm.graph)
                 yield prefix + weight.fqn, weight, why
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from specnorm_fx import SigmaLogger, report, sigmas, transform, warm_up_
+from specnorm_fx import SigmaLogger, freeze, report, sigmas, transform, warm_up_
 from tests.models import Discriminator, relative_error
 
 
@@ -40,6 +40,13 @@ def test_report_names_every_weight():
     assert lines[0].split() == ["weight", "shape", "sigma", "exact", "residual"]
     assert lines[1].split()[:2] == ["0.blocks.0.conv1.weight", "8x3x3x3"]
     assert lines[-1] == "0.unused.weight: skipped, not used in the forward"
+
+
+def test_report_of_a_frozen_model():
+    frozen = freeze(transform(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "0").eval())
+    found = report(frozen)
+    assert not found.rows
+    assert found.skipped == dict.fromkeys(("0.weight", "1.weight"), "the model is frozen")
 
 
 OVERWRITES = {
