@@ -188,6 +188,8 @@ def _inspect(args: argparse.Namespace) -> str:
 
     for option, written in (("--plot", args.plot), ("--html", args.html)):
         _refuse_replacing(option, written, args.checkpoint, args.target)
+    if args.plot and args.html and args.plot.resolve() == args.html.resolve():
+        raise LoadError(f"--plot and --html must be two files, got {args.plot} for both.")
     is_onnx = args.target.endswith(".onnx")
     is_model = is_program(args.target) or (":" in args.target and not Path(args.target).exists())
     if not is_model and (args.checkpoint or args.select or args.kwargs):

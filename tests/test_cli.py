@@ -636,6 +636,12 @@ FAULTS = [
     ),
     pytest.param(
         nothing,
+        ("inspect", "disc.pt", "--plot", "page", "--html", "./page"),
+        "--plot and --html must be two files, got page for both",
+        id="inspect: one file for both",
+    ),
+    pytest.param(
+        nothing,
         ("inspect", "disc.pt", "--plot", "disc.pt"),
         "--plot must be another file than disc.pt",
         id="plot: the checkpoint",
