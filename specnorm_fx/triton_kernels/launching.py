@@ -91,9 +91,10 @@ class _Launcher:
                 compiled[programs, 1, 1](*arguments, *constants)
                 return
             stream = triton.runtime.driver.active.get_current_stream(special.device.index)
-            function, metadata = compiled.function, compiled.packed_metadata
             hooks = (None, None, None)  # what they are given, that before the launch, that after it
-            compiled.run(programs, 1, 1, stream, function, metadata, *hooks, *arguments, *constants)
+            # `run` comes first: it loads the kernel, which has no function before.
+            run, loaded = compiled.run, (compiled.function, compiled.packed_metadata)
+            run(programs, 1, 1, stream, *loaded, *hooks, *arguments, *constants)
             return
         constants = special.constants(self.kernel, flag)
         compiled = self.kernel[(programs,)](*arguments, *constants, **self.options)
