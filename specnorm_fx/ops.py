@@ -24,7 +24,8 @@ kernels. All three take and give the same, but for a sigma not above eps, which 
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -41,7 +42,9 @@ from torch._C import (
 )
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
+from torch.fx import traceback
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.checkpoint import CheckpointPolicy
 
 from specnorm_fx import cpu_kernels, reference
 
@@ -59,7 +62,7 @@ __all__ = [
 # The overload that the operators are. Compiled code is cached on disk by the names in its graph: whoever
 # changes what an operator takes, gives or saves for backward must change this, or users get the old
 # gradient with the new forward.
-REVISION = "r6"
+REVISION = "r7"
 
 ARGUMENTS = (
     "Tensor[] weights, Tensor[] us, Tensor[] vs, int[] n_power_iterations, float[] eps, int[] dims, "
@@ -449,14 +452,17 @@ def _define(
     key = "CompositeImplicitAutograd" if fake is None else "CompositeExplicitAutograd"
     torch.library.impl(qualified, key, function)
     overload = getattr(getattr(torch.ops.specnorm_fx, name), REVISION)
-    overload._op = _past_dispatcher(overload._op, function)
+    iterates = fake is not None and schema.startswith(f"({ARGUMENTS}")
+    overload._op = _past_dispatcher(overload._op, function, iterates)
     if fake is not None:
         torch.library.register_fake(qualified, fake)
     torch.library.register_vmap(qualified, functools.partial(vmap or _one_by_one, overload))
     return overload
 
 
-def _past_dispatcher(operator: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+def _past_dispatcher(
+    operator: Callable[..., Any], function: Callable[..., Any], iterates: bool
+) -> Callable[..., Any]:
     """An operator, without the dispatcher where nothing but the dispatcher would see it.
 
     That is in eager mode, and in Inductor's code. The dispatcher turns seven lists over twice on the way to a
@@ -465,12 +471,36 @@ def _past_dispatcher(operator: Callable[..., Any], function: Callable[..., Any])
     Args:
         operator: What calls the dispatcher.
         function: What it would call.
+        iterates: Whether it takes ``n_power_iterations``, as its fourth argument.
     """
 
     def call(*arguments: Any, **others: Any) -> Any:
-        return (operator if others or _is_observed(arguments[0]) else function)(*arguments, **others)
+        if not (others or _is_observed(arguments[0])):
+            return function(*arguments)
+        is_due = iterates and len(arguments) > 3 and any(count > 0 for count in arguments[3])
+        with _kept_for_backward() if is_due else nullcontext():
+            return operator(*arguments, **others)
 
     return call
+
+
+@contextmanager
+def _kept_for_backward() -> Iterator[None]:
+    """Mark what is traced here as what a compiled backward must not compute again.
+
+    The partitioner, told to save memory (``activation_memory_budget``, ``aggressive_recomputation``), would
+    iterate again, from the u and v that the forward has left. But a user who asks for a recompute by
+    activation checkpointing gets it, and the error of `refuse_recompute`, as in eager mode.
+    """
+    meta = traceback.current_meta
+    if "recompute" in meta:
+        yield
+        return
+    meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    try:
+        yield
+    finally:
+        del meta["recompute"]
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import specnorm_fx
 from specnorm_fx import ops, reference, transform, update_
-from tests.models import CalledTwice, Case, case_named, relative_error
+from tests.models import CalledTwice, Case, apply_torch_sn, case_named, relative_error
 
 NEEDS_STORE = pytest.mark.skipif(
     torch.__version__ < "2.13",
@@ -273,6 +273,29 @@ def test_inductors_cpp_wrapper():
     for model in (fast, eager):
         model(x).exp().sum().backward()
     assert close([*gradients(gm), *vectors(gm)], [*gradients(eager), *vectors(eager)], torch.float32)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("way", ["transform", "backend"])
+@pytest.mark.parametrize(
+    "option", [{"activation_memory_budget": 0.5}, {"aggressive_recomputation": True}], ids=["budget", "all"]
+)
+def test_a_partitioner_that_saves_memory_does_not_iterate_again(option, way, implementation):
+    """By the one of Inductor, without Inductor."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 3)).double()
+    given, inner = {"implementation": implementation}, "aot_eager_decomp_partition"
+    if way == "transform":
+        model = transform(model, **given)
+        fast = torch.compile(copy.deepcopy(model), backend=inner)
+    else:
+        apply_torch_sn(model, ("0.weight", "2.weight"), nn.utils.parametrizations.spectral_norm)
+        fast = torch.compile(copy.deepcopy(model), backend="specnorm", options={**given, "inner": inner})
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with torch._functorch.config.patch(option):
+        for m in (fast, model):
+            m(x).exp().sum().backward()
+    assert close(gradients(fast), gradients(model), torch.float64)
+    assert close(fast.buffers(), model.buffers(), torch.float64)
 
 
 @pytest.mark.parametrize(
