@@ -394,8 +394,13 @@ def _transformed(tensors: Sequence[Tensor | None]) -> bool:
     return (
         _are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
-        or any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
+        # Compiled autograd, which has no such vmap, could not trace the question.
+        or (not torch.compiler.is_dynamo_compiling() and any(map(_is_legacy_batched, tensors)))
     )
+
+
+def _is_legacy_batched(tensor: Tensor | None) -> bool:
+    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def _differentiable_normalize(

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -296,6 +297,23 @@ def test_a_partitioner_that_saves_memory_does_not_iterate_again(option, way, imp
             m(x).exp().sum().backward()
     assert close(gradients(fast), gradients(model), torch.float64)
     assert close(fast.buffers(), model.buffers(), torch.float64)
+
+
+# Which PyTorch keeps from being shown, but not from being an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_compiled_autograd_of_an_eager_forward():
+    """Without a break, and with the operator for the gradient."""
+    gm = transform(nn.Sequential(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 3)).double())
+    twin = copy.deepcopy(gm)
+    counter = CompileCounterWithBackend("aot_eager")
+    x = torch.randn(2, 3, dtype=torch.float64)
+    losses = [model(x).exp().sum() for model in (gm, twin)]
+    with compiled_autograd._enable(torch.compile(backend=counter, fullgraph=True)):
+        losses[0].backward()
+    losses[1].backward()
+    assert close(gradients(gm), gradients(twin), torch.float64)
+    targets = [node.target for graph in counter.graphs for node in graph.graph.nodes]
+    assert targets.count(ops._normalize_backward) == 1
 
 
 @pytest.mark.parametrize(
