@@ -84,7 +84,7 @@ def dense(weight: Tensor) -> Tensor:
     Args:
         weight: Any strides.
     """
-    if weight.is_contiguous() or is_dense(weight.shape, weight.stride()):
+    if is_dense(weight.shape, weight.stride()):
         return weight
     return torch.empty_like(weight).copy_(weight)
 

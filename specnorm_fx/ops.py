@@ -355,16 +355,14 @@ class _Normalized(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         *saved, vectors, sigmas = ctx.saved_tensors
         weights, normalized = saved[: len(grads)], saved[len(grads) :]
-        needed = ctx.needs_input_grad[5:]
-        wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-        if torch.is_grad_enabled() or _transformed(wanted):
+        if torch.is_grad_enabled() or _transformed(grads):
             # create_graph, is_grads_batched or torch.func: by operations that can be transformed again.
-            gradients = _gradients(wanted, weights, vectors, ctx.eps, ctx.dims)
+            gradients = _gradients(grads, weights, vectors, ctx.eps, ctx.dims)
         else:
             contiguous = [weight.is_contiguous() for weight in weights]
             arguments = (normalized, vectors, sigmas, ctx.eps, ctx.dims, contiguous)
-            compact = iter(_normalize_backward(wanted, *arguments))
-            gradients = [None if grad is None else next(compact) for grad in wanted]
+            compact = iter(_normalize_backward([*grads], *arguments))
+            gradients = [None if grad is None else next(compact) for grad in grads]
         return (None, None, None, None, None, *gradients)
 
 

@@ -220,6 +220,17 @@ def test_a_bad_step_leaves_u_and_v_as_they_were(value, n):
     assert not normalized.isfinite().all()  # the bad step itself is not hidden
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e30, 1.0])
+def test_without_division_a_bad_step_gives_the_same(value):
+    weight, u, v, _ = problem((8, 12), 0)
+    weight[3, 4] = value
+    arguments = ([weight], [u], [v], [1], [EPS], [0], ["uv"])
+    vectors, sigmas, _ = cpu_kernels.normalize(*arguments)
+    torch.testing.assert_close(
+        cpu_kernels.power_iteration(*arguments), (vectors, sigmas), rtol=0, atol=0, equal_nan=True
+    )
+
+
 def test_a_large_eps_is_respected():
     weight, u, v, grad = problem((8, 12), 0)
     new_u, new_v, normalized, gradient = by_kernel(weight, u, v, grad, 1, 0, "uv", eps=1e3)
@@ -336,6 +347,14 @@ def test_random_shapes(shape, dim, order, n, seed):
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert distance(a, b, grad, i == 3) < 1e-12
     check_contiguous(cpu_kernels.normalize([weight], [u], [v], [n], [EPS], [dim], [order]), dim, grad)
+
+
+def test_a_plan_keeps_the_places_whose_address_it_has():
+    weight = torch.empty(3, 2, 4, 5).permute(0, 3, 1, 2)
+    plan, _ = cpu_kernels._planned([weight], [0], ["uv"], [1], [EPS], [False])
+    cpu_kernels._places.cache_clear()
+    (places,) = plan._places
+    assert places.data_ptr() == plan.sites[0].places
 
 
 def test_elements_in_one_place():

@@ -1,5 +1,7 @@
 """How tensors lie in memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -27,9 +29,31 @@ def test_vectors_are_read_where_they_lie_or_copied():
     assert copied.is_contiguous()
     assert torch.equal(copied, v)
     (turned,) = memory.contiguous_vectors([u.bfloat16()], u, torch.float32, (3,))
+    assert turned.dtype == torch.float32  # torch.equal does not look at it
     assert torch.equal(turned, u.bfloat16().float())
     with pytest.raises(ValueError, match=r"have \(3, 4\) elements and need \(3, 5\)"):
         memory.contiguous_vectors([u, v], u, torch.float32, (3, 5))
+
+
+def test_vectors_on_another_gpu_are_refused():
+    weight, vector = (SimpleNamespace(device=torch.device("cuda", index)) for index in range(2))
+    with pytest.raises(RuntimeError, match="on the device of their weights, cuda:0, got cuda:1"):
+        memory.contiguous_vectors([vector], weight, torch.float32, (3,))
+
+
+def test_one_weight_without_elements_among_others_is_refused():
+    memory.refuse_empty([(3, 4), (1, 1)])
+    with pytest.raises(ValueError, match="without elements"):
+        memory.refuse_empty([(3, 4), (0, 4)])
+
+
+def test_dense_copies_only_what_has_gaps():
+    turned = torch.randn(4, 3).t()
+    assert memory.dense(turned) is turned
+    gaps = torch.randn(4, 6).t()[::2]
+    copied = memory.dense(gaps)
+    assert torch.equal(copied, gaps)
+    assert copied.stride() == (1, 3)  # the dimensions in the same order
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

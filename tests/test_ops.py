@@ -12,6 +12,7 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specnorm_fx import cpu_kernels, ops, reference, transform
@@ -50,10 +51,11 @@ def test_returns_what_cpp_wrapper_takes(name):
     assert returns == ["List[Tensor]"] or set(returns) <= {"Tensor"}
 
 
-def test_opcheck_of_weights_with_gaps():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_opcheck_of_weights_with_gaps(dtype):
     """Of which the copy without gaps has its dimensions in the order that is promised."""
-    weights, *others = arguments()
-    turned = [torch.randn(12, 8, dtype=torch.float64).t()[::2, ::2], torch.randn(2, 3, 10).double()]
+    weights, *others = arguments(dtype)
+    turned = [torch.randn(12, 8, dtype=dtype).t()[::2, ::2], torch.randn(2, 3, 10, dtype=dtype)]
     weights = [turned[0], turned[1].permute(1, 2, 0)[:, ::2], weights[2]]
     assert [tuple(w.shape) for w in weights] == [(4, 6), (3, 5, 2), (4, 4)]
     torch.library.opcheck(operator("normalize_forward"), (weights, *others))
@@ -80,11 +82,12 @@ def test_opcheck_of_the_gradient(dtype):
     grads = [torch.randn_like(normalized[0]), None, None]
     normalized[1] = normalized[1].transpose(1, 2).contiguous().transpose(1, 2)  # channels_last
     grads[1] = torch.randn_like(normalized[1])
-    for contiguous in (True, False):
-        torch.library.opcheck(
-            operator("normalize_backward"),
-            (grads, normalized, vectors, sigmas, eps, dims, [contiguous] * 3),
-        )
+    for given in (grads, [None, grads[1], None]):
+        for contiguous in (True, False):
+            torch.library.opcheck(
+                operator("normalize_backward"),
+                (given, normalized, vectors, sigmas, eps, dims, [contiguous] * 3),
+            )
 
 
 def test_gradients_of_first_and_second_order():
@@ -140,6 +143,15 @@ def test_an_ensemble_under_vmap(implementation):
 
     got = torch.vmap(call)(parameters, buffers)
     assert relative_error(got, torch.stack([model(x) for model in models])) < 1e-14
+
+
+def test_what_is_shared_under_vmap_keeps_what_is_shared():
+    own, shared, vectors = torch.zeros(3, 4), torch.zeros(4), torch.randn(3, 4)
+    alone = vectors[0].clone()
+    store = torch.vmap(lambda buffer, x: ops.store_([buffer, shared], [x, alone]), out_dims=None)
+    store(own, vectors)
+    assert torch.equal(own, vectors)
+    assert torch.equal(shared, alone)
 
 
 def test_weights_are_grouped_by_device_and_compute_dtype():
@@ -209,6 +221,18 @@ def test_only_part_of_the_weights_trains():
     gm(torch.randn(2, 3, 8, 8)).sum().backward()
     assert frozen.grad is None
     assert gm.fc.weight.grad is not None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_weight_that_is_not_used_has_no_gradient(create_graph):
+    """An optimizer passes it over, where one of zeros would decay it."""
+    weights, *rest = arguments()
+    weights = [weight.requires_grad_() for weight in weights]
+    *_, normalized = ops.normalize(weights, *rest)
+    gradients = torch.autograd.grad(
+        normalized[0].sum(), weights, create_graph=create_graph, allow_unused=True
+    )
+    assert [gradient is None for gradient in gradients] == [False, True, True]
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
@@ -416,6 +440,26 @@ def of_a_subclass(weights, us, vs, options):
     return SEEN
 
 
+class WatchFunctions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        SEEN.append(func)
+        return func(*args, **kwargs or {})
+
+
+def watched_as_functions(weights, us, vs, options):
+    SEEN.clear()
+    with WatchFunctions():
+        ops.normalize(weights, us, vs, *options)
+    return SEEN
+
+
+def jit_traced(weights, us, vs, options):
+    """It does not know lists of text, and says so: else the trace would hold the results as constants."""
+    with pytest.raises(RuntimeError, match="unsupported input list type: str"):
+        torch.jit.trace(lambda *weights: ops.normalize(list(weights), us, vs, *options)[2], (*weights,))
+    return [operator("normalize_forward")]
+
+
 def compiled(weights, us, vs, options):
     targets = []
 
@@ -435,11 +479,14 @@ OBSERVERS = {
         for pre in (False, True)
     },
     "dispatch mode": (watched, None),
+    "function mode": (watched_as_functions, "normalize"),
+    "jit": (jit_traced, None),
     "subclass": (of_a_subclass, None),
     "compile": (compiled, "normalize"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(("observer", "sees"), OBSERVERS.values(), ids=OBSERVERS)
 def test_who_looks_at_operators_sees_them(observer, sees):
     weights, us, vs, *options = arguments()

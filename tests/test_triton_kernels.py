@@ -442,8 +442,7 @@ def poison(monkeypatch):
 
         return fresh
 
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    monkeypatch.setitem(memory._EMPTY, DEVICE, poisoned(memory._EMPTY[DEVICE]))
 
 
 @pytest.mark.parametrize("counts", [[0] * 5, [1] * 5, [0, 1, 2, 3, 2]], ids=str)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import nn
 from torch.nn.utils import spectral_norm as hook_sn
 from torch.nn.utils.parametrizations import spectral_norm as torch_sn
@@ -220,6 +221,16 @@ def test_forward_refuses_a_recompute(way, implementation, compiled):
         loss.backward()
     assert all(torch.equal(x, after_forward[name]) for name, x in vectors(gm).items())
     way(model.eval(), batch).backward()  # where nothing iterates
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's decompositions for it
+def test_forward_refuses_a_recompute_in_forward_mode():
+    case = case_named("called_twice")
+    gm = cold(case, lambda model, _: transform(model))
+    with fwAD.dual_level():
+        loss = not_reentrant(gm, case.inputs(16, torch.float64))
+        with pytest.raises(RuntimeError, match="within a backward pass"):
+            loss.backward()
 
 
 # --- Compiled ---
