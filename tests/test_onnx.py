@@ -22,6 +22,7 @@ from torch import nn
 from specnorm_fx import freeze, transform
 from specnorm_fx.onnx import VerificationError, export, verify
 from specnorm_fx.onnx.batches import dynamic_dimensions, in_order_of, random_batches, tensor_names
+from specnorm_fx.onnx.exporting import OWN
 from specnorm_fx.onnx.external_data import remove_older
 from tests.models import MODELS, Discriminator, Labelled, Tied, case_named
 from tests.onnx_files import operators, plain_export, trained
@@ -139,6 +140,16 @@ def test_a_frozen_model_exports_too_and_the_model_is_left_as_it_is(tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in gm.state_dict().items())
     verify(tmp_path / "f.onnx", gm, torch.randn(2, 6))
     verify(tmp_path / "g.onnx", freeze(gm), torch.randn(2, 6))
+    keys = {prop.key.removeprefix("specnorm_fx.") for prop in onnx.load(tmp_path / "f.onnx").metadata_props}
+    assert keys == {*OWN} - {"folded", "sigmas"}  # of which there are none
+
+
+def test_in_fp16_a_frozen_model_is_left_as_it_is(tmp_path):
+    frozen = freeze(transform(Tied()).eval())
+    code = frozen.code
+    export(frozen, torch.randn(2, 6), tmp_path / "f.onnx", precision="fp16")
+    assert frozen.code == code
+    assert {parameter.dtype for parameter in frozen.parameters()} == {torch.float32}
 
 
 def test_labels_are_drawn_from_the_example(tmp_path):
@@ -382,8 +393,10 @@ def test_large_weights_stand_in_a_file_of_their_own(tmp_path, monkeypatch):
         ValueError, match=r"external_data must be None or True above .* GiB, got 0.0 GiB of weights"
     ):
         export(gm, torch.randn(2, 64), tmp_path / "d.onnx", external_data=False)
-    export(gm, torch.randn(2, 64), tmp_path / "d.onnx")
-    assert len(list(tmp_path.iterdir())) == 2
+    for _ in range(2):
+        nn.init.normal_(gm.weight)
+        export(gm, torch.randn(2, 64), tmp_path / "d.onnx")
+        assert len(list(tmp_path.iterdir())) == 2  # the older weights are gone
 
 
 # --- export refuses ---
@@ -465,6 +478,20 @@ def test_export_leaves_nothing_behind_when_verification_fails(tmp_path):
         export(gm, torch.randn(2, 3, 8, 8), tmp_path / "d.onnx", rtol=0.0)
     assert (tmp_path / "d.onnx").read_bytes() == b"an older file"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"opset_version": 18}, "Leave opset_version out: the exporter can have"),
+        ({"precision": "fp16"}, "If the forward makes fp32 tensors of its own"),
+    ],
+    ids=["opset", "fp16"],
+)
+def test_a_failed_verification_says_what_may_help(options, remedy, tmp_path):
+    gm = transform(Discriminator()).eval()
+    with pytest.raises(VerificationError, match=f"limit 0.000e.00. {remedy}.* No file was written"):
+        export(gm, torch.randn(2, 3, 8, 8), tmp_path / "d.onnx", rtol=0.0, **options)
 
 
 def test_export_refuses_training_mode(tmp_path):
@@ -552,6 +579,23 @@ class OfKeys(nn.Module):
         return self.lin(inputs["A.b"]) - 2 * self.lin(inputs["a"])
 
 
+class OfNested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.lin(inputs["a_b"]) - 2 * self.lin(inputs["a"]["b"])
+
+
+def test_keys_that_make_one_name(tmp_path):
+    """Two inputs have names of the exporter's then."""
+    gm = transform(OfNested()).eval()
+    batch = ({"a_b": torch.randn(2, 4), "a": {"b": torch.randn(2, 4)}},)
+    export(gm, batch, tmp_path / "n.onnx")
+    verify(tmp_path / "n.onnx", gm, batch)
+
+
 def test_dicts_with_their_keys_in_another_order(tmp_path):
     gm = transform(OfKeys()).eval()
     a, b = torch.randn(2, 4), 100 * torch.randn(4)
@@ -629,9 +673,13 @@ def test_threads_export_one_after_the_other(tmp_path):
     assert logging.getLogger("onnxscript.version_converter").level == before
 
 
-def test_forward_hooks_of_the_model_are_no_part_of_the_file(tmp_path):
+@pytest.mark.parametrize("before", [False, True])
+def test_forward_hooks_of_the_model_are_no_part_of_the_file(before, tmp_path):
     model, x = nn.Linear(3, 3), torch.randn(2, 3)
-    model.register_forward_hook(lambda module, inputs, output: output + 1000)
+    if before:
+        model.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1000,))
+    else:
+        model.register_forward_hook(lambda module, inputs, output: output + 1000)
     with pytest.raises(ValueError, match="has forward hooks, which torch's exporter leaves out"):
         export(transform(model).eval(), x, tmp_path / "h.onnx")
     export(transform(model, example_inputs=x).eval(), x, tmp_path / "h.onnx")

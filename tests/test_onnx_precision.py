@@ -16,6 +16,7 @@ from torch import nn
 import specnorm_fx
 from specnorm_fx import freeze, transform
 from specnorm_fx.onnx import VerificationError, export, verify
+from specnorm_fx.onnx.exporting import OWN
 from specnorm_fx.onnx.verification import LIMITS, _File
 from tests.models import Tied
 from tests.onnx_files import plain_export, trained
@@ -217,6 +218,7 @@ def test_metadata(precision, files, folded):
     report = files[precision]
     proto = onnx.load(report.path)
     props = {p.key.removeprefix("specnorm_fx."): p.value for p in proto.metadata_props if "specnorm" in p.key}
+    assert {*props} == {*OWN, "source_checkpoint_sha256"}
     sigmas = {fqn: sigma.item() for fqn, sigma in specnorm_fx.sigmas(folded[0]).items()}
     assert json.loads(props.pop("sigmas")) == sigmas
     assert json.loads(props.pop("folded")) == ["conv.weight"]

@@ -375,7 +375,23 @@ def test_what_is_compiled_is_launched_past_the_lookup(kernels, monkeypatch):
             getattr(triton.knobs.runtime, name).add(print)
             launcher(first, 5, ("x",), True)
             getattr(triton.knobs.runtime, name).remove(print)
-    assert calls == [("a", (5, 1, 1), ("x", True, 8, 8))] * 2
+            setattr(triton.knobs.runtime, name, print)  # in the place of the chain
+            launcher(first, 5, ("x",), True)
+    assert calls == [("a", (5, 1, 1), ("x", True, 8, 8))] * 4
+
+    calls.clear()
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.launch_enter_hook = triton.knobs.runtime.launch_exit_hook = None
+        launcher(first, 5, ("x",), True)
+    assert calls == [("a", (5, 1, 1, "stream 0", *rest))]
+
+
+@pytest.mark.parametrize("call", ["normalize", "power_iteration"])
+def test_a_weight_without_elements(kernels, call):
+    weights = [torch.ones(2, 3, device=DEVICE), torch.ones(2, 0, device=DEVICE)]
+    us, vs = [w.new_ones(2) for w in weights], [w.new_ones(w.shape[1]) for w in weights]
+    with pytest.raises(ValueError, match="without elements has no sigma"):
+        getattr(kernels, call)(weights, us, vs, [1, 1], [EPS] * 2, [0, 0], ["uv", "uv"])
 
 
 def test_the_device_is_made_the_current_one(kernels, monkeypatch):

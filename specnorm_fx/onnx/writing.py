@@ -182,7 +182,7 @@ def _name_initializers_(model: Any, frozen: fx.GraphModule) -> None:
     for value in list(model.graph.initializers.values()):
         stored = value.const_value.numpy()
         for name, parameter in missing.items():
-            if stored.shape == parameter.shape[::-1] and np.array_equal(stored, parameter.T):
+            if np.array_equal(stored, parameter.T):
                 value.name = name
                 del missing[name]
                 break

@@ -168,7 +168,7 @@ def forward_plan(
         starts: list[int | list[int]] = [0, xs, [3 * many - x for x in xs], 3 * many, 4 * many]
         chunks.append(_chunk([table], indices, device, starts))
     ms, ns = zip(*(weight.sides for weight in weights), strict=True)
-    results = [*map(_layout, weights)] if divide else []
+    results = [*map(_layout, weights)]
     return Plan(chunks, copied, results=results, sizes=(*ms, *ns), size=sum(ms) + sum(ns))
 
 
