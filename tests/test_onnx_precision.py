@@ -153,6 +153,33 @@ def test_a_model_of_another_dtype_is_written_in_fp32(dtype, tmp_path):
     assert report.rtol == LIMITS[of_dtype]
 
 
+class ScoreInFp32(nn.Module):
+    """The whole in half precision, or the body alone: it goes on in the dtype of the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(64, 64), nn.Linear(64, 1)
+
+    def forward(self, x):
+        return self.head(self.body(x).relu().to(self.head.weight.dtype)).float()
+
+
+@pytest.mark.parametrize("part", ["body", ""])
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_a_score_in_fp32_of_a_model_in_half_precision(precision, dtype, part, tmp_path):
+    """The model has rounded to half; what the file, in fp32, is held to is what that can make of it."""
+    model = ScoreInFp32()
+    model.get_submodule(part).to(dtype)
+    gm, x = transform(model).eval(), torch.randn(8, 64, dtype=dtype)
+    report = export(gm, x, tmp_path / "m.onnx")
+    assert report.precision == "fp32"
+    assert LIMITS["fp32"] < report.max_rel_error < report.rtol == LIMITS[precision]
+    with torch.no_grad():
+        gm.get_parameter("head.bias")[:] += 1
+    with pytest.raises(VerificationError, match="disagrees"):
+        verify(tmp_path / "m.onnx", gm, x)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_buffer_of_another_dtype(precision, tmp_path):
     model = nn.Linear(6, 5)

@@ -35,8 +35,8 @@ OWN = ("folded", "max_rel_error", "opset", "precision", "sigmas", "version")
 
 # Where a file does not agree with its model.
 NOT_FP32 = (
-    " If the forward makes fp32 tensors of its own (torch.arange(4.)), give them the dtype of its input, or "
-    "make them buffers."
+    " If the forward makes fp32 tensors of its own (torch.arange(4.), x.float() before a layer), give them "
+    "the dtype of its input (or of the layer's weight), or make them buffers."
 )
 OTHER_OPSET = " Leave opset_version out: the exporter can have written operators of a later one."
 REMEDIES = {"fp16": NOT_FP32, "bf16": NOT_FP32}

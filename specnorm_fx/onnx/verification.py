@@ -116,8 +116,8 @@ def verify(
             tensors are fed in the dtype that the file takes; those of a dict by the names that `export` gives
             inputs, where the file has these, and all else in the order of the inputs.
         rtol: The largest relative difference allowed; by default 128 machine epsilons of fp32 (1.5e-5), or
-            16 of fp16 (1.6e-2) or bf16 (0.12), of the coarser of file and output; 0.1 for int8; and
-            none for integer outputs.
+            16 of fp16 (1.6e-2) or bf16 (0.12), of the coarsest of file, output and the model's parameters;
+            0.1 for int8; and none for integer outputs.
         structure: Hold the operators against the same model without spectral norm, exported in the
             same precision and opset (for int8 with ``inputs`` as calibration), too.
 
@@ -258,7 +258,7 @@ def _compare(
         with np.errstate(invalid="ignore"):
             errors = np.where(same, 0.0, np.abs(computed - exact))
         size = float(np.abs(exact[np.isfinite(exact)]).max(initial=0.0))
-        limit = _limit(want.dtype, file.precision) if rtol is None else rtol
+        limit = _limit(file.precision, want.dtype, model) if rtol is None else rtol
         absolute = float(errors.max(initial=0.0))
         if not absolute <= limit * size and want.is_floating_point():
             size = max(size, _size_of_terms(model, batch, output))
@@ -286,11 +286,13 @@ def _outputs(model: Callable[..., Any], batch: tuple[Any, ...]) -> list[Tensor]:
     return [tensor.cpu() for tensor in tensors(model(*batch))]
 
 
-def _limit(dtype: torch.dtype, precision: str) -> float:
-    if not dtype.is_floating_point:
+def _limit(precision: str, output: torch.dtype, model: nn.Module) -> float:
+    if not output.is_floating_point:
         return 0.0
-    of_output = {torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32")
-    return max(LIMITS[precision], LIMITS[of_output])
+    # A model in half precision may give its scores in fp32 (score.float()), and has rounded to half before.
+    rounded = {output, *(x.dtype for x in model.parameters() if x.dtype in (torch.float16, torch.bfloat16))}
+    names = {torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    return max(LIMITS[precision], *(LIMITS[names.get(dtype, "fp32")] for dtype in rounded))
 
 
 def _size_of_terms(model: nn.Module, batch: tuple[Any, ...], output: int) -> float:
