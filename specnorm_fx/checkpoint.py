@@ -80,7 +80,8 @@ def convert_state_dict(state_dict: Mapping[str, Any], *, to: str) -> "OrderedDic
     Pure: neither the mapping nor its tensors are changed, and tensors are shared with the result. Each
     weight is recognised by its own keys, so layouts may be mixed; keys that belong to no spectral norm
     are kept. The order of keys is kept. ``to="plain"`` drops u and v, and still holds the weights
-    before division by sigma.
+    before division by sigma. In torch's layouts u and v have the dtype of their weight, which torch needs
+    after ``load_state_dict(assign=True)``: those of weights in half precision are rounded.
 
     Args:
         state_dict: From ``state_dict()`` of a transformed model, or of one with torch's spectral norm
@@ -102,6 +103,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], *, to: str) -> "OrderedDic
             f"model, where they converge anew, and convert that model's state_dict()."
         )
     renamed: dict[str, str | None] = {}
+    weight_of: dict[str, Any] = {}  # by its u and v
     for fqn, keys in found.items():
         target = keys_of(fqn, to)
         if keys.v not in state_dict and target.v is not None:
@@ -112,12 +114,17 @@ def convert_state_dict(state_dict: Mapping[str, Any], *, to: str) -> "OrderedDic
         if keys.weight != fqn:
             renamed[fqn] = None  # the hook's cached W / sigma of the oldest format
         renamed |= {old: new for old, new in zip(keys, target, strict=True) if old is not None}
+        if to in ("parametrizations", "hook"):
+            weight_of |= {str(key): state_dict[keys.weight] for key in (keys.u, keys.v)}
     converted: OrderedDict[str, Any] = OrderedDict()
     if hasattr(state_dict, "_metadata"):  # the versions of modules, which Module.state_dict() attaches
         converted._metadata = state_dict._metadata  # type: ignore[attr-defined]
     for key, value in state_dict.items():
         new_key = renamed.get(key, key)
         if new_key is not None:
+            weight = weight_of.get(key)
+            if isinstance(value, Tensor) and isinstance(weight, Tensor):
+                value = value.to(weight.dtype)
             converted[new_key] = value
     return converted
 

@@ -157,6 +157,21 @@ def test_a_copy_loads_every_layout_too():
         twin.load_state_dict(theirs.state_dict(), strict=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("layout", "put"), [("parametrizations", torch_sn), ("hook", hook_sn)])
+def test_torch_runs_what_it_is_assigned_in_half_precision(layout, put, dtype):
+    """Its products need u and v in the dtype of the weight; ours are in fp32."""
+    gm = transform(nn.Linear(5, 4)).to(dtype)
+    state = gm.state_dict()
+    converted = convert_state_dict(state, to=layout)
+    theirs = put(nn.Linear(5, 4))
+    theirs.load_state_dict(converted, assign=True)
+    assert theirs(torch.randn(2, 5, dtype=dtype)).dtype == dtype
+    assert state["weight_u"].dtype == state["weight_v"].dtype == torch.float32
+    ours = convert_state_dict(state, to="specnorm_fx")
+    assert all(ours[key] is value for key, value in state.items())
+
+
 # --- refusals, in PyTorch's own words ---
 
 
