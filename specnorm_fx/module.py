@@ -37,6 +37,11 @@ class SpectralNorm(nn.Module):
         self._eps = tuple(repr(config.eps) for config in configs)
         self._auto = frozenset(i for i, config in enumerate(configs) if config.implementation == "auto")
 
+    @property
+    def _is_impure(self) -> bool:
+        """What passes of torch.fx ask before they drop a call as unused or compute it once for all."""
+        return any(self._iterates())
+
     def forward(self, weights: list[Tensor], us: list[Tensor], vs: list[Tensor]) -> list[Tensor]:
         """Normalise each weight.
 
@@ -63,7 +68,7 @@ class SpectralNorm(nn.Module):
                 "torch.jit.trace would fix whether spectral norm iterates, and does not know its operators. "
                 "Trace the frozen model, specnorm_fx.freeze(model.eval())."
             )
-        iterates = [self.training and config.update == "forward" for config in self.configs]
+        iterates = self._iterates()
         normalized: list[Any] = [None] * len(weights)
         for way, sites in self._ways(weights, range(len(weights))):
             columns = _columns(sites, weights, us, vs)
@@ -99,6 +104,10 @@ class SpectralNorm(nn.Module):
         taken = {i for _, group in (*ways, (_SHARDED, spread)) for i in group}
         others = [i for i in sites if i not in taken]
         return [*ways, *((way, group) for way, group in ((_REFERENCE, others), (_SHARDED, spread)) if group)]
+
+    def _iterates(self) -> list[bool]:
+        """Whether a forward moves u and v of each weight."""
+        return [self.training and config.update == "forward" for config in self.configs]
 
     def _options(
         self, sites: list[int], iterates: list[bool]

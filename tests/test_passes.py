@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.experimental.const_fold import split_const_subgraphs
 from torch.fx.experimental.optimization import fuse
 from torch.fx.passes.dialect.common.cse_pass import CSEPass
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -18,6 +19,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import specnorm_fx
 from specnorm_fx import SpectralNormConfig, SpectralNormPass, transform
+from specnorm_fx.graph_module import spectral_norm_node
 from specnorm_fx.module import SpectralNorm
 from tests.models import (
     LAYERS,
@@ -354,6 +356,25 @@ def test_next_to_torchs_own_passes():
     sorted_out = _run(model, _fuse, ours, cse, constraints=order)
     assert torch.equal(sorted_out(x), alone(x))
     assert len(sorted_out.graph.find_nodes(op="call_function", target=torch.relu)) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Failed to fetch", "ignore:Attempted to insert")  # for any layer's weight
+@pytest.mark.parametrize(("update", "training"), [("forward", True), ("forward", False), ("step", True)])
+def test_what_iterates_is_neither_folded_nor_dropped(update, training):
+    """As torch.fx treats calls with a side effect; without an iteration they are as good as constants."""
+    model = transform(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), update=update).train(training)
+    x = torch.randn(2, 3)
+    folded = split_const_subgraphs(copy.deepcopy(model))
+    expected = copy.deepcopy(model)
+    for _ in range(2):
+        assert torch.equal(folded(x), expected(x))
+
+    iterates = training and update == "forward"
+    call = spectral_norm_node(model)
+    for item in list(call.users):
+        item.replace_all_uses_with(call.args[0][item.args[1]])
+    model.graph.eliminate_dead_code()
+    assert (spectral_norm_node(model) is not None) == iterates
 
 
 # --- selection, through transform (the forms are in test_config) ---
