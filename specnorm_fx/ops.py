@@ -446,6 +446,7 @@ def _define(
     function: Callable[..., Any],
     fake: Callable[..., Any] | None,
     vmap: Callable[..., tuple[Any, Any]] | None = None,
+    iterates: bool = False,
 ) -> Any:
     """Register an operator; without ``fake`` one made of others; ``vmap`` instead of `_one_by_one`."""
     qualified = f"specnorm_fx::{name}.{REVISION}"
@@ -455,7 +456,6 @@ def _define(
     key = "CompositeImplicitAutograd" if fake is None else "CompositeExplicitAutograd"
     torch.library.impl(qualified, key, function)
     overload = getattr(getattr(torch.ops.specnorm_fx, name), REVISION)
-    iterates = fake is not None and schema.startswith(f"({ARGUMENTS}")
     overload._op = _past_dispatcher(overload._op, function, iterates)
     if fake is not None:
         torch.library.register_fake(qualified, fake)
@@ -563,6 +563,7 @@ _normalize_forward = _define(
     f"({ARGUMENTS}, bool once=False) -> Tensor[]",
     _normalize,
     _fake_normalize,
+    iterates=True,
 )
 # (grads or None, normalized, vectors, sigmas, eps, dims, contiguous) -> the gradients of the weights that
 # have one; behind a single one an empty tensor. From W / sigma and not W: the user of the weight keeps it
@@ -578,7 +579,11 @@ _normalize_backward = _define(
 
 # As `normalize`, (vectors, sigmas) only. The weights must be detached.
 power_iteration = _define(
-    "power_iteration", f"({ARGUMENTS}) -> (Tensor, Tensor)", _power_iteration, _fake_power_iteration
+    "power_iteration",
+    f"({ARGUMENTS}) -> (Tensor, Tensor)",
+    _power_iteration,
+    _fake_power_iteration,
+    iterates=True,
 )
 
 # As `normalize`, -> all u, then all v: `reference.singular_vectors` of each weight, which must be detached.
@@ -587,6 +592,7 @@ singular_vectors = _define(
     f"({ARGUMENTS}, bool once=False) -> Tensor[]",
     _singular_vectors,
     _fake_singular_vectors,
+    iterates=True,
 )
 
 # (buffers, vectors): new u and v into their buffers. Of plain copies Inductor would make one more kernel, and
