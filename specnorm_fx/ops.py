@@ -154,8 +154,8 @@ def _power_iteration(
     if kernels is not None:
         found: tuple[Tensor, Tensor] = kernels.power_iteration(weights, us, vs, n, eps, dims, orders)
         return found
-    columns = (weights, us, vs, n, eps, dims, orders)
-    pairs = [reference.singular_vectors(*site) for site in zip(*columns, strict=True)]
+    unit = _singular_vectors(weights, us, vs, n, eps, dims, orders)
+    pairs = [*zip(unit[: len(us)], unit[len(us) :], strict=True)]
     matrices = map(reference.weight_matrix, weights, dims)
     sigmas = [reference.sigma(matrix, *pair) for matrix, pair in zip(matrices, pairs, strict=True)]
     return torch.cat([x for pair in pairs for x in pair]), torch.stack(sigmas).double()

@@ -425,30 +425,26 @@ def traced(tracing_mode, pre_dispatch):
     return trace
 
 
-def watched(weights, us, vs, options):
-    SEEN.clear()
-    with Watch():
-        ops.normalize(weights, us, vs, *options)
-    return SEEN
-
-
-def of_a_subclass(weights, us, vs, options):
-    SEEN.clear()
-    weights = [weight.as_subclass(Subclass) for weight in weights]
-    with contextlib.suppress(NotImplementedError):
-        ops.normalize(weights, us, vs, *options)
-    return SEEN
-
-
 class WatchFunctions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         SEEN.append(func)
         return func(*args, **kwargs or {})
 
 
-def watched_as_functions(weights, us, vs, options):
+def watched(mode):
+    def watch(weights, us, vs, options):
+        SEEN.clear()
+        with mode():
+            ops.normalize(weights, us, vs, *options)
+        return SEEN
+
+    return watch
+
+
+def of_a_subclass(weights, us, vs, options):
     SEEN.clear()
-    with WatchFunctions():
+    weights = [weight.as_subclass(Subclass) for weight in weights]
+    with contextlib.suppress(NotImplementedError):
         ops.normalize(weights, us, vs, *options)
     return SEEN
 
@@ -478,8 +474,8 @@ OBSERVERS = {
         for mode in ("real", "fake", "symbolic")
         for pre in (False, True)
     },
-    "dispatch mode": (watched, None),
-    "function mode": (watched_as_functions, "normalize"),
+    "dispatch mode": (watched(Watch), None),
+    "function mode": (watched(WatchFunctions), "normalize"),
     "jit": (jit_traced, None),
     "subclass": (of_a_subclass, None),
     "compile": (compiled, "normalize"),
