@@ -1,4 +1,4 @@
-"""The discriminators that are measured, at the sizes people train, after their published descriptions."""
+"""The models that are measured, at the sizes people train, after their published descriptions."""
 
 import itertools
 from collections.abc import Callable
@@ -228,6 +228,20 @@ def patchgan(c: int = 64) -> nn.Sequential:
     )
 
 
+def sagan_generator(c: int = 64) -> nn.Sequential:
+    """The generator of SAGAN (arXiv:1805.08318) at 64 x 64 without labels: transposed convolutions.
+
+    Args:
+        c: Channels before the last one.
+    """
+    layers: list[nn.Module] = []
+    for c_in, c_out in itertools.pairwise((128, 8 * c, 4 * c, 2 * c, c)):
+        stride, padding = (2, 1) if layers else (1, 0)  # 1 pixel to 4 x 4, then twice as many
+        conv = nn.ConvTranspose2d(c_in, c_out, 4, stride, padding, bias=False)
+        layers += [conv, nn.BatchNorm2d(c_out), nn.ReLU()]
+    return nn.Sequential(*layers, SelfAttention(c), nn.ConvTranspose2d(c, 3, 4, 2, 1), nn.Tanh())
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and what it is trained on.
@@ -286,5 +300,6 @@ CASES = {
             classes=1000,
             select=(nn.Conv2d, nn.Linear, nn.Embedding),
         ),
+        Case("sagan-generator", sagan_generator, (128, 1, 1), 3_811_204, cpu_batch=4),
     )
 }

@@ -2,11 +2,16 @@
 
    Included by itself once for each type; REAL is the type, NAME(x) the function's name for it.
 
-   With the unnormalised products t = W v and s = W^T t, the new vectors are t / |t| and s / |s|, and sigma is
-   |s| / |t|. Both products come from one pass over W: some rows give their part of t, and with it at once
-   their part of s, while they are in the cache. A matrix that lies transposed in memory gets the same pass by
-   columns. Work is cut into blocks by shape alone, each block has a partial sum of its own, and these are added
-   in order: the bits depend neither on the number of threads nor on which thread did what. */
+   A weight lies in memory as outer x inner x width. One of u and v belongs to the inner dimension, the other to the
+   two around it: the outer vector has an element for each outer and width. A pass reads the outer rows in turn, each
+   of inner x width elements, and takes from them the outer vector, given the inner (gather), or sums of the inner
+   one, given the outer (scatter), or both: then a row that has given its part of the outer vector gives at once, while
+   it is in the cache, its part of the inner one. So where the outer vector comes first one pass is an iteration, and
+   where the inner one does, n iterations take n + 1 passes.
+
+   The outer vector t is not normalised before the inner one s is made of it: sigma is |s| / |t|, or the length of
+   the last t, where no s comes behind it. Work is cut into blocks by shape alone, each block has partial sums of its
+   own, and these are added in order: the bits depend neither on the number of threads nor on which thread did what. */
 
 #ifndef REAL
 
@@ -16,7 +21,7 @@
 #include <string.h>
 
 /* To be changed with what the functions take: a library from before an update would write anywhere. */
-const int INTERFACE = 2;
+const int INTERFACE = 3;
 
 /* One build for every x86-64 machine: the loader picks the widest vectors that it has. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -25,7 +30,8 @@ const int INTERFACE = 2;
 #define VECTORISED
 #endif
 
-/* Rows and columns that are transposed together: a cache line of floats. */
+/* Bytes of a cache line, and the rows and columns of floats that are transposed together. */
+#define LINE 64
 #define TILE 16
 /* Elements in a block: small enough to share out among threads, large enough to be worth it. */
 #define BLOCK 32768
@@ -34,71 +40,78 @@ const int INTERFACE = 2;
 /* Partial sums of a matrix: as many as threads that can work on it at once; each costs a row. */
 #define MOST_PARTS 16
 #define FEWEST_ROWS 32
-/* Rows that go into one partial sum, four at once. */
+/* Rows that go into one partial sum, TOGETHER at once. */
 #define MOST_ROWS 1024
+#define TOGETHER 4
 /* Products that go into one sum of a row, before it is added to the others: with few vector lanes (SSE2, NEON)
    the error would else be larger than torch's. */
 #define ONE_SUM 2048
 /* Sums that grow side by side, each waiting for its own last addition alone. */
 #define LANES 32
+/* Elements of a row that are worked on before the next, roughly. */
+#define PERIOD 64
 /* Lengths outside of these are left to the caller: inside, squares and fourth powers of sigma are normal. */
 #define SHORTEST 1e-15
 #define LONGEST 1e15
 
-/* A weight as a matrix of `rows` rows; row r, column (g, b) at r * row_stride + g * group_stride + b. */
+/* A weight as it lies in memory. */
 typedef struct {
-    int64_t rows, groups, width, row_stride, group_stride;
-    int64_t by_rows;      /* iterate: start from the vector of the columns (1) or of the rows (0) */
+    int64_t outer, inner, width;
+    int64_t outer_first;  /* an iteration takes the outer vector first (1) or the inner one (0) */
     int64_t iterations;   /* 0: the vectors at unit length; -1: as they are */
     int64_t taps, channels;  /* of W / sigma in channels_last, whose gradient is to be contiguous; or 0 */
-    int64_t transposed;   /* u is the vector of the columns and v that of the rows (1), or the reverse (0) */
+    int64_t transposed;   /* u is the inner vector and v the outer one (1), or the reverse (0) */
     int64_t u_at, v_at;   /* where they stand among the vectors of all sites */
-    const int64_t *places;  /* where in the column vector each column stands, or NULL */
+    const int64_t *places;  /* where in v each of its elements in the order of memory stands, or NULL */
     double eps;
 } site;
 
 /* The tensors of a site. Forward: W, its old vectors and its new ones, and W / sigma. Backward: W / sigma, its
    vectors, G or NULL, and the gradient of W. */
 typedef struct {
-    const void *weight, *row_vector, *column_vector, *grad;
-    void *new_row_vector, *new_column_vector, *result;
+    const void *weight, *outer_vector, *inner_vector, *grad;
+    void *new_outer_vector, *new_inner_vector, *result;
 } tensors;
 
 static int64_t at_least(int64_t x, int64_t least) { return x > least ? x : least; }
 static int64_t at_most(int64_t x, int64_t most) { return x < most ? x : most; }
-static int64_t columns_of(const site *s) { return s->groups * s->width; }
-static int64_t size_of(const site *s) { return s->rows * columns_of(s); }
+static int64_t row_of(const site *s) { return s->inner * s->width; }
+static int64_t size_of(const site *s) { return s->outer * row_of(s); }
+static int64_t outer_size(const site *s) { return s->outer * s->width; }
 static int64_t parts(int64_t total, int64_t step) { return (total + step - 1) / step; }
 
-/* Rows of a block of the pass by rows. */
+/* Outer rows of a block of a pass. */
 static int64_t row_step(const site *s) {
-    int64_t count = at_most(parts(size_of(s), BLOCK), at_most(MOST_PARTS, at_least(s->rows / FEWEST_ROWS, 1)));
-    return at_most(parts(s->rows, count), MOST_ROWS);
+    int64_t count = at_most(parts(size_of(s), BLOCK), at_most(MOST_PARTS, at_least(s->outer / FEWEST_ROWS, 1)));
+    return at_most(parts(s->outer, count), MOST_ROWS);
 }
 
-/* Columns of a block of the pass by columns: of one group, or whole groups. */
-static int64_t column_step(const site *s) {
-    int64_t step = at_least(8 * BLOCK / s->rows, 16);
-    if (step >= s->width) return s->width * at_most(at_least(step / s->width, 1), s->groups);
-    return at_least(step / 16 * 16, 16);
+static int64_t blocks_of(const site *s) { return parts(s->outer, row_step(s)); }
+
+static int64_t passes_of(const site *s) {
+    return s->iterations <= 0 ? 1 : s->iterations + !s->outer_first;
 }
 
-static int64_t steps_in_width(const site *s) {
-    return column_step(s) >= s->width ? 1 : parts(s->width, column_step(s));
+/* What repeats in a row of some outer vector beside it: `width` elements, as often as makes a loop worth it. */
+static int64_t period_of(const site *s) { return s->width * at_least(PERIOD / s->width, 1); }
+
+static int gathers_in(const site *s, int64_t pass) { return pass > 0 || s->outer_first || s->iterations <= 0; }
+static int scatters_in(const site *s, int64_t pass) {
+    return s->iterations > 0 && (s->outer_first || pass + 1 < passes_of(s));
 }
 
-/* Blocks of one pass over a matrix. */
-static int64_t blocks_of(const site *s) {
-    if (s->by_rows || s->iterations <= 0) return parts(s->rows, row_step(s));
-    int64_t step = column_step(s);
-    if (step >= s->width) return parts(s->groups, step / s->width);
-    return s->groups * steps_in_width(s);
+/* What a block writes beside the outer vector: its sums of the inner one, and TOGETHER periods to work with. */
+static int64_t partial_size(const site *s) {
+    return row_of(s) + (s->width == 1 ? 0 : TOGETHER * period_of(s));
 }
+
+static const int64_t *outer_places(const site *s) { return s->transposed ? s->places : NULL; }
+static const int64_t *inner_places(const site *s) { return s->transposed ? NULL : s->places; }
 
 /* Rows of a block of the gradient: whole matrices, where these are transposed. */
 static int64_t gradient_step(const site *s) {
-    int64_t least = s->channels ? parts(s->taps * s->channels, columns_of(s)) : 1;
-    return at_least(BLOCK / columns_of(s) / least * least, least);
+    int64_t least = s->channels ? parts(s->taps * s->channels, row_of(s)) : 1;
+    return at_least(BLOCK / row_of(s) / least * least, least);
 }
 
 /* Sites worked on together: as many as the cache holds from the first time they are read to the second. */
@@ -108,6 +121,8 @@ static int64_t batch_end(const site *sites, int64_t count, int64_t first, int64_
         total += size_of(sites + last++) * bytes;
     return last;
 }
+
+static int is_plain(double length) { return length > SHORTEST && length < LONGEST; }  /* false for NaN */
 
 /* Which site the k-th block belongs to, `starts` being the number of blocks before each. */
 static int64_t find(const int64_t *starts, int64_t count, int64_t k) {
@@ -130,89 +145,85 @@ static int64_t find(const int64_t *starts, int64_t count, int64_t k) {
 
 #else /* REAL */
 
-/* y = M x for some rows and, unless z is NULL, z = M^T y for these rows. */
-VECTORISED static void NAME(pass_by_rows)(const site *s, const REAL *weight, int64_t first, int64_t last,
-                                          const REAL *x, REAL *y, REAL *z) {
-    const int64_t stride = s->row_stride, width = s->width;
-    if (z) memset(z, 0, columns_of(s) * sizeof(REAL));
-    int64_t r = first;
-    for (; r + 4 <= last; r += 4) {  /* four rows share each load of x and z */
-        double t0 = 0, t1 = 0, t2 = 0, t3 = 0;  /* there may be thousands of groups of a few elements */
-        for (int64_t g = 0; g < s->groups; g++) {
-            const REAL *w0 = weight + r * stride + g * s->group_stride;
-            const REAL *w1 = w0 + stride, *w2 = w1 + stride, *w3 = w2 + stride, *xg = x + g * width;
-            for (int64_t from = 0; from < width; from += ONE_SUM) {
-                const int64_t to = at_most(from + ONE_SUM, width);
-                REAL sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+/* The outer vector at TOGETHER rows of width 1: y = <w, x> of each. */
+VECTORISED static void NAME(gather)(const REAL *const *w, const REAL *x, int64_t n, REAL *y) {
+    const REAL *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+    double t0 = 0, t1 = 0, t2 = 0, t3 = 0;
+    for (int64_t from = 0; from < n; from += ONE_SUM) {
+        const int64_t to = at_most(from + ONE_SUM, n);
+        REAL sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
 #pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
-                for (int64_t b = from; b < to; b++) {
-                    sum0 += w0[b] * xg[b];
-                    sum1 += w1[b] * xg[b];
-                    sum2 += w2[b] * xg[b];
-                    sum3 += w3[b] * xg[b];
-                }
-                t0 += sum0, t1 += sum1, t2 += sum2, t3 += sum3;
-            }
+        for (int64_t k = from; k < to; k++) {
+            sum0 += w0[k] * x[k];
+            sum1 += w1[k] * x[k];
+            sum2 += w2[k] * x[k];
+            sum3 += w3[k] * x[k];
         }
-        const REAL y0 = (REAL)t0, y1 = (REAL)t1, y2 = (REAL)t2, y3 = (REAL)t3;
-        y[r] = y0, y[r + 1] = y1, y[r + 2] = y2, y[r + 3] = y3;
-        for (int64_t g = 0; z && g < s->groups; g++) {
-            const REAL *w0 = weight + r * stride + g * s->group_stride;
-            const REAL *w1 = w0 + stride, *w2 = w1 + stride, *w3 = w2 + stride;
-            REAL *zg = z + g * width;
-#pragma omp simd
-            for (int64_t b = 0; b < width; b++) zg[b] += (y0 * w0[b] + y1 * w1[b]) + (y2 * w2[b] + y3 * w3[b]);
-        }
+        t0 += sum0, t1 += sum1, t2 += sum2, t3 += sum3;
     }
-    for (; r < last; r++) {
-        double t0 = 0;
-        for (int64_t g = 0; g < s->groups; g++) {
-            const REAL *w0 = weight + r * stride + g * s->group_stride, *xg = x + g * width;
-            for (int64_t from = 0; from < width; from += ONE_SUM) {
-                const int64_t to = at_most(from + ONE_SUM, width);
-                REAL sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t b = from; b < to; b++) sum += w0[b] * xg[b];
-                t0 += sum;
-            }
-        }
-        const REAL y0 = (REAL)t0;
-        y[r] = y0;
-        for (int64_t g = 0; z && g < s->groups; g++) {
-            const REAL *w0 = weight + r * stride + g * s->group_stride;
-            REAL *zg = z + g * width;
+    y[0] = (REAL)t0, y[1] = (REAL)t1, y[2] = (REAL)t2, y[3] = (REAL)t3;
+}
+
+/* Ask for a part of the rows after the ones in w, n elements each: what is done with these is done in the cache,
+   where nothing else would ask for more. */
+static inline void NAME(fetch_next)(const REAL *const *w, int64_t n, int64_t first, int64_t last) {
+    for (int64_t k = first + TOGETHER * n; k < last + TOGETHER * n; k += LINE / (int64_t)sizeof(REAL))
+        for (int64_t i = 0; i < TOGETHER; i++) __builtin_prefetch(w[i] + k, 0, 2);  /* L1 is full */
+}
+
+/* What these rows add to the inner vector: z += y w of each. */
+VECTORISED static void NAME(scatter)(const REAL *const *w, const REAL *y, int64_t n, REAL *z) {
+    const REAL *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+    const REAL y0 = y[0], y1 = y[1], y2 = y[2], y3 = y[3];
+    for (int64_t from = 0; from < n; from += PERIOD) {
+        const int64_t to = at_most(from + PERIOD, n);
+        NAME(fetch_next)(w, n, from, to);
 #pragma omp simd
-            for (int64_t b = 0; b < width; b++) zg[b] += y0 * w0[b];
+        for (int64_t k = from; k < to; k++) z[k] += (y0 * w0[k] + y1 * w1[k]) + (y2 * w2[k] + y3 * w3[k]);
+    }
+}
+
+/* `gather` where width is not 1: sums of what is a period apart, for each row. x has every element `width` times. */
+VECTORISED static void NAME(gather_periods)(const REAL *const *w, const REAL *x, int64_t n, int64_t period,
+                                            REAL *sums) {
+    REAL *sum0 = sums, *sum1 = sums + period, *sum2 = sums + 2 * period, *sum3 = sums + 3 * period;
+    memset(sums, 0, TOGETHER * period * sizeof(REAL));
+    for (int64_t from = 0; from < n; from += period) {
+        const REAL *w0 = w[0] + from, *w1 = w[1] + from, *w2 = w[2] + from, *w3 = w[3] + from, *x0 = x + from;
+        const int64_t to = at_most(period, n - from);
+#pragma omp simd
+        for (int64_t k = 0; k < to; k++) {
+            sum0[k] += w0[k] * x0[k];
+            sum1[k] += w1[k] * x0[k];
+            sum2[k] += w2[k] * x0[k];
+            sum3[k] += w3[k] * x0[k];
         }
     }
 }
 
-/* y = M^T x for the columns [first, last) of some groups, and z = M y for these columns. Of z each group has a few
-   products alone, and there may be thousands of groups. */
-VECTORISED static void NAME(pass_by_columns)(const site *s, const REAL *weight, int64_t first_group,
-                                             int64_t last_group, int64_t first, int64_t last, const REAL *x,
-                                             REAL *y, double *z) {
-    for (int64_t r = 0; r < s->rows; r++) z[r] = 0;
-    for (int64_t g = first_group; g < last_group; g++) {
-        const REAL *wg = weight + g * s->group_stride;
-        REAL *yg = y + g * s->width;
-        for (int64_t b = first; b < last; b++) yg[b] = 0;
-        for (int64_t r = 0; r < s->rows; r++) {
-            const REAL *w0 = wg + r * s->row_stride, x0 = x[r];
+/* `scatter` where width is not 1: y has a period of each row, and z every element `width` times. */
+VECTORISED static void NAME(scatter_periods)(const REAL *const *w, const REAL *y, int64_t n, int64_t period,
+                                             REAL *z) {
+    const REAL *y0 = y, *y1 = y + period, *y2 = y + 2 * period, *y3 = y + 3 * period;
+    for (int64_t from = 0; from < n; from += period) {
+        const REAL *w0 = w[0] + from, *w1 = w[1] + from, *w2 = w[2] + from, *w3 = w[3] + from;
+        const int64_t to = at_most(period, n - from);
+        REAL *z0 = z + from;
+        NAME(fetch_next)(w, n, from, from + to);
 #pragma omp simd
-            for (int64_t b = first; b < last; b++) yg[b] += x0 * w0[b];
-        }
-        for (int64_t r = 0; r < s->rows; r++) {
-            const REAL *w0 = wg + r * s->row_stride;
-            for (int64_t from = first; from < last; from += ONE_SUM) {
-                const int64_t to = at_most(from + ONE_SUM, last);
-                REAL z0 = 0;
-#pragma omp simd reduction(+ : z0)
-                for (int64_t b = from; b < to; b++) z0 += w0[b] * yg[b];
-                z[r] += z0;
-            }
-        }
+        for (int64_t k = 0; k < to; k++) z0[k] += (y0[k] * w0[k] + y1[k] * w1[k]) + (y2[k] * w2[k] + y3[k] * w3[k]);
     }
+}
+
+/* One period of a row: its `width` elements of the outer vector again and again. */
+static void NAME(repeat)(const REAL *from, int64_t width, int64_t period, REAL *to) {
+    for (int64_t k = 0; k < period; k += width) memcpy(to + k, from, width * sizeof(REAL));
+}
+
+/* Every element of the inner vector `width` times. */
+static void NAME(spread)(const REAL *from, int64_t inner, int64_t width, REAL *to) {
+    for (int64_t k = 0; k < inner; k++)
+        for (int64_t b = 0; b < width; b++) to[k * width + b] = from[k];
 }
 
 VECTORISED static double NAME(inner)(const REAL *x, const REAL *y, int64_t n) {
@@ -246,26 +257,38 @@ VECTORISED static void NAME(add)(const REAL *x, REAL *sum, int64_t n) {
     for (int64_t k = 0; k < n; k++) sum[k] += x[k];
 }
 
-/* (G - c x) / sigma of one row and group. */
+/* (G - c x) / sigma of one row of width 1. */
 VECTORISED static void NAME(gradient_row)(const REAL *grad, REAL c, const REAL *x, REAL sigma, REAL *result,
                                           int64_t n) {
 #pragma omp simd
     for (int64_t k = 0; k < n; k++) result[k] = (grad[k] - c * x[k]) / sigma;
 }
 
+/* Of any width: y has a period of the outer vector, and x every element `width` times. */
+VECTORISED static void NAME(gradient_periods)(const REAL *grad, REAL product, const REAL *y, const REAL *x,
+                                              REAL sigma, REAL *result, int64_t n, int64_t period) {
+    for (int64_t from = 0; from < n; from += period) {
+        const REAL *g0 = grad + from, *x0 = x + from;
+        const int64_t to = at_most(period, n - from);
+        REAL *result0 = result + from;
+#pragma omp simd
+        for (int64_t k = 0; k < to; k++) result0[k] = (g0[k] - product * y[k] * x0[k]) / sigma;
+    }
+}
+
 /* The same of the taps x channels from element `first` on, stored as channels x taps. */
 VECTORISED static void NAME(gradient_transposed)(const site *s, const REAL *grad, REAL product,
-                                                 const REAL *row_vector, const REAL *column_vector,
-                                                 REAL sigma, REAL *result, int64_t first) {
-    const int64_t taps = s->taps, channels = s->channels, columns = columns_of(s);
+                                                 const REAL *outer, const REAL *inner, REAL sigma,
+                                                 REAL *result, int64_t first) {
+    const int64_t taps = s->taps, channels = s->channels;
     REAL tile[TILE][TILE];
     for (int64_t c0 = 0; c0 < channels; c0 += TILE)
         for (int64_t t0 = 0; t0 < taps; t0 += TILE) {
             const int64_t width = at_most(TILE, channels - c0), height = at_most(TILE, taps - t0);
             for (int64_t t = 0; t < height; t++) {
                 const int64_t at = first + (t0 + t) * channels + c0;
-                const REAL *g = grad + at, *x = column_vector + at % columns;
-                const REAL c = product * row_vector[at / columns];
+                const REAL *g = grad + at, *x = inner + at % s->inner;
+                const REAL c = product * outer[at / s->inner];
 #pragma omp simd
                 for (int64_t k = 0; k < width; k++) tile[t][k] = (g[k] - c * x[k]) / sigma;
             }
@@ -276,84 +299,109 @@ VECTORISED static void NAME(gradient_transposed)(const site *s, const REAL *grad
         }
 }
 
-static void NAME(copy_column_vector)(const REAL *from, REAL *to, const int64_t *places, int64_t n) {
+/* A stored vector in the order of memory, `places` being those of v or NULL, and back. */
+static void NAME(load)(const REAL *from, const int64_t *places, int64_t n, REAL *to) {
     if (!places) memcpy(to, from, n * sizeof(REAL));
     else for (int64_t k = 0; k < n; k++) to[k] = from[places[k]];
 }
 
-static void NAME(store_column_vector)(const REAL *from, double length, REAL *to, const int64_t *places,
-                                      int64_t n) {
+static void NAME(store)(const REAL *from, double length, const int64_t *places, int64_t n, REAL *to) {
     if (!places) NAME(divide)(from, (REAL)length, to, n);
     else for (int64_t k = 0; k < n; k++) to[places[k]] = from[k] / (REAL)length;
 }
 
-/* What a site works on: vectors of the rows and of the columns, and the partial sums of one of them. */
+/* What a site works on. */
 typedef struct {
-    REAL *row_vector, *column_vector;
-    REAL *of_columns;  /* partial sums of the column vector, by rows */
-    double *of_rows;   /* or those of the row vector, by columns */
-    int64_t left;    /* iterations still to do */
-    int64_t blocks;  /* of this pass, still to do */
+    REAL *outer, *inner;
+    REAL *stored;    /* the outer vector that was given, in the order of memory, without iterations */
+    REAL *spread;    /* inner, every element `width` times; inner itself where that is 1 */
+    REAL *partials;  /* of each block */
+    int64_t pass;    /* which one is due */
+    int64_t blocks;  /* of it, still to do */
 } NAME(work);
 
-static void NAME(run_block)(const site *s, const tensors *t, NAME(work) *work, int64_t block) {
-    const REAL *weight = t->weight;
-    const int64_t columns = columns_of(s);
-    if (s->iterations <= 0 || s->by_rows) {
-        int64_t step = row_step(s), first = block * step, last = at_most(first + step, s->rows);
-        REAL *partial = s->iterations > 0 ? work->of_columns + block * columns : NULL;
-        NAME(pass_by_rows)(s, weight, first, last, work->column_vector, work->row_vector, partial);
-        return;
+static void NAME(run_block)(const site *s, const tensors *t, const NAME(work) *work, int64_t block) {
+    const int64_t row = row_of(s), width = s->width, step = row_step(s), period = period_of(s);
+    const int64_t first = block * step, last = at_most(first + step, s->outer);
+    const int gathers = gathers_in(s, work->pass), scatters = scatters_in(s, work->pass);
+    REAL *partial = work->partials + block * partial_size(s), *periods = partial + row;
+    if (scatters) memset(partial, 0, row * sizeof(REAL));
+    for (int64_t r = first; r < last; r += TOGETHER) {
+        /* Where rows are missing at the end the last one stands for them, and its sums are not used. */
+        const int64_t rows = at_most(TOGETHER, last - r);
+        const REAL *w[TOGETHER];
+        for (int64_t i = 0; i < TOGETHER; i++) w[i] = (const REAL *)t->weight + at_most(r + i, last - 1) * row;
+        REAL *outer = work->outer + r * width;
+        if (width == 1) {
+            REAL y[TOGETHER];
+            if (gathers) NAME(gather)(w, work->inner, row, y), memcpy(outer, y, rows * sizeof(REAL));
+            for (int64_t i = 0; i < TOGETHER; i++) y[i] = i < rows ? outer[i] : 0;
+            if (scatters) NAME(scatter)(w, y, row, partial);
+            continue;
+        }
+        if (gathers) {
+            NAME(gather_periods)(w, work->spread, row, period, periods);
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t b = 0; b < width; b++) {
+                    double sum = 0;
+                    for (int64_t k = b; k < period; k += width) sum += periods[i * period + k];
+                    outer[i * width + b] = (REAL)sum;
+                }
+        }
+        if (scatters) {
+            memset(periods, 0, TOGETHER * period * sizeof(REAL));
+            for (int64_t i = 0; i < rows; i++)
+                NAME(repeat)(outer + i * width, width, period, periods + i * period);
+            NAME(scatter_periods)(w, periods, row, period, partial);
+        }
     }
-    double *partial = work->of_rows + block * s->rows;
-    int64_t step = column_step(s), per_group = steps_in_width(s);
-    int64_t groups = step >= s->width ? step / s->width : 1;
-    int64_t first_group = block / per_group * groups, first = block % per_group * step;
-    NAME(pass_by_columns)(s, weight, first_group, at_most(first_group + groups, s->groups), first,
-                          at_most(first + step, s->width), work->row_vector, work->column_vector, partial);
+}
+
+/* Without iterations: sigma of the stored vectors, which are brought to unit length or not. */
+static int NAME(finish_stored)(const site *s, const tensors *t, const NAME(work) *work, double *sigma) {
+    const int64_t outer_n = outer_size(s);
+    double outer_length = sqrt(NAME(inner)(work->stored, work->stored, outer_n));
+    double inner_length = sqrt(NAME(inner)(work->inner, work->inner, s->inner));
+    *sigma = NAME(inner)(work->stored, work->outer, outer_n);
+    if (!is_plain(outer_length) || !is_plain(inner_length) || !isfinite(*sigma)) return 0;
+    if (s->iterations < 0) outer_length = inner_length = 1;
+    else if (!(outer_length > s->eps) || !(inner_length > s->eps)) return 0;
+    *sigma /= outer_length * inner_length;
+    NAME(divide)(t->outer_vector, (REAL)outer_length, t->new_outer_vector, outer_n);
+    NAME(divide)(t->inner_vector, (REAL)inner_length, t->new_inner_vector, s->inner);
+    return 1;
 }
 
 /* After a pass: the sums of the parts, the lengths, and at the end the new vectors. Returns 0 for a site that
    the caller has to do in another way. */
 static int NAME(finish_pass)(const site *s, const tensors *t, NAME(work) *work, double *sigma) {
-    const int64_t rows = s->rows, columns = columns_of(s), blocks = blocks_of(s);
-    if (s->iterations <= 0) {
-        double row_length = sqrt(NAME(inner)(t->row_vector, t->row_vector, rows));
-        double column_length = sqrt(NAME(inner)(t->column_vector, t->column_vector, columns));
-        *sigma = NAME(inner)(t->row_vector, work->row_vector, rows);
-        int plain = row_length > SHORTEST && row_length < LONGEST && column_length > SHORTEST &&
-                    column_length < LONGEST && isfinite(*sigma);
-        if (!plain) return 0;
-        if (s->iterations < 0) row_length = column_length = 1;
-        else if (!(row_length > s->eps) || !(column_length > s->eps)) return 0;
-        *sigma /= row_length * column_length;
-        NAME(divide)(t->row_vector, (REAL)row_length, t->new_row_vector, rows);
-        NAME(divide)(t->column_vector, (REAL)column_length, t->new_column_vector, columns);
+    const int64_t row = row_of(s), width = s->width;
+    double outer_length = 1;
+    if (s->iterations <= 0) return NAME(finish_stored)(s, t, work, sigma);
+    if (gathers_in(s, work->pass)) {
+        *sigma = outer_length = sqrt(NAME(inner)(work->outer, work->outer, outer_size(s)));
+        if (!is_plain(outer_length) || !(outer_length > s->eps)) return 0;
+    }
+    if (scatters_in(s, work->pass)) {
+        memcpy(work->spread, work->partials, row * sizeof(REAL));
+        for (int64_t k = 1; k < blocks_of(s); k++)
+            NAME(add)(work->partials + k * partial_size(s), work->spread, row);
+        for (int64_t k = 0; width > 1 && k < s->inner; k++) {
+            double sum = 0;
+            for (int64_t b = 0; b < width; b++) sum += work->spread[k * width + b];
+            work->inner[k] = (REAL)sum;
+        }
+        double inner_length = sqrt(NAME(inner)(work->inner, work->inner, s->inner));
+        if (!is_plain(inner_length) || !(inner_length / outer_length > s->eps)) return 0;
+        *sigma = inner_length / outer_length;
+        NAME(divide)(work->inner, (REAL)inner_length, work->inner, s->inner);
+    }
+    if (++work->pass < passes_of(s)) {
+        if (width > 1) NAME(spread)(work->inner, s->inner, width, work->spread);
         return 1;
     }
-    REAL *first = s->by_rows ? work->row_vector : work->column_vector;
-    REAL *second = s->by_rows ? work->column_vector : work->row_vector;
-    int64_t first_size = s->by_rows ? rows : columns, second_size = s->by_rows ? columns : rows;
-    if (s->by_rows) {
-        memcpy(second, work->of_columns, columns * sizeof(REAL));
-        for (int64_t k = 1; k < blocks; k++) NAME(add)(work->of_columns + k * columns, second, columns);
-    } else {
-        for (int64_t k = 1; k < blocks; k++)
-            for (int64_t r = 0; r < rows; r++) work->of_rows[r] += work->of_rows[k * rows + r];
-        for (int64_t r = 0; r < rows; r++) second[r] = (REAL)work->of_rows[r];
-    }
-    double there = sqrt(NAME(inner)(first, first, first_size));
-    double back = sqrt(NAME(inner)(second, second, second_size));
-    int plain = there > SHORTEST && there < LONGEST && back > SHORTEST && back < LONGEST;  /* false for NaN */
-    if (!plain || !(there > s->eps) || !(back / there > s->eps)) return 0;
-    *sigma = back / there;
-    if (--work->left) {
-        NAME(divide)(second, (REAL)back, second, second_size);
-        return 1;
-    }
-    NAME(divide)(work->row_vector, (REAL)(s->by_rows ? there : back), t->new_row_vector, rows);
-    NAME(store_column_vector)(work->column_vector, s->by_rows ? back : there, t->new_column_vector, s->places,
-                              columns);
+    NAME(store)(work->outer, outer_length, outer_places(s), outer_size(s), t->new_outer_vector);
+    NAME(store)(work->inner, 1, inner_places(s), s->inner, t->new_inner_vector);
     return 1;
 }
 
@@ -361,37 +409,38 @@ static int NAME(normalize_batch)(const site *sites, const tensors *all, int64_t 
                                  int64_t divides, double *sigmas, int8_t *done) {
     int64_t *starts = malloc((count + 1) * sizeof(int64_t)), *chunks = malloc((count + 1) * sizeof(int64_t));
     NAME(work) *work = malloc(count * sizeof(NAME(work)));
-    int64_t total = 0, doubles = 1, rounds = 1, elements = 0;
+    int64_t total = 0, rounds = 1, elements = 0;
     for (int64_t k = 0; k < count; k++) {
         const site *s = sites + k;
-        total += s->rows + columns_of(s) + (s->by_rows ? blocks_of(s) * columns_of(s) : 0);
-        doubles += s->by_rows ? 0 : blocks_of(s) * s->rows;
-        rounds = at_least(rounds, s->iterations);
+        total += 2 * outer_size(s) + s->inner + row_of(s) + blocks_of(s) * partial_size(s);
+        rounds = at_least(rounds, passes_of(s));
         elements += size_of(s);
     }
     REAL *scratch = malloc(total * sizeof(REAL));
-    double *double_scratch = malloc(doubles * sizeof(double));
-    if (!starts || !chunks || !work || !scratch || !double_scratch) {
-        free(starts), free(chunks), free(work), free(scratch), free(double_scratch);
+    if (!starts || !chunks || !work || !scratch) {
+        free(starts), free(chunks), free(work), free(scratch);
         return 0;
     }
     REAL *next = scratch;
-    double *next_double = double_scratch;
     starts[0] = chunks[0] = 0;
     for (int64_t k = 0; k < count; k++) {
         const site *s = sites + k;
-        work[k].left = at_least(s->iterations, 1);
-        work[k].blocks = blocks_of(s);
-        starts[k + 1] = starts[k] + work[k].blocks;
+        NAME(work) *w = work + k;
+        w->pass = 0;
+        w->blocks = blocks_of(s);
+        starts[k + 1] = starts[k] + w->blocks;
         chunks[k + 1] = chunks[k] + parts(size_of(s), BLOCK);
-        work[k].row_vector = next, next += s->rows;
-        work[k].column_vector = next, next += columns_of(s);
-        work[k].of_columns = next, next += s->by_rows ? work[k].blocks * columns_of(s) : 0;
-        work[k].of_rows = next_double, next_double += s->by_rows ? 0 : work[k].blocks * s->rows;
-        if (s->by_rows || s->iterations <= 0)
-            NAME(copy_column_vector)(all[k].column_vector, work[k].column_vector, s->places, columns_of(s));
-        else
-            memcpy(work[k].row_vector, all[k].row_vector, s->rows * sizeof(REAL));
+        w->outer = next, next += outer_size(s);
+        w->stored = next, next += outer_size(s);
+        w->inner = next, next += s->inner;
+        w->spread = s->width == 1 ? w->inner : next, next += row_of(s);
+        w->partials = next, next += w->blocks * partial_size(s);
+        if (gathers_in(s, 0)) {
+            NAME(load)(all[k].inner_vector, inner_places(s), s->inner, w->inner);
+            if (s->width > 1) NAME(spread)(w->inner, s->inner, s->width, w->spread);
+        }
+        if (s->iterations <= 0) NAME(load)(all[k].outer_vector, outer_places(s), outer_size(s), w->stored);
+        else if (!s->outer_first) NAME(load)(all[k].outer_vector, outer_places(s), outer_size(s), w->outer);
         done[k] = 1;
     }
     threads = at_most(threads, at_least(elements / BLOCK, 1));
@@ -401,14 +450,13 @@ static int NAME(normalize_batch)(const site *sites, const tensors *all, int64_t 
 #pragma omp for schedule(dynamic, 1)
             for (int64_t b = 0; b < starts[count]; b++) {
                 int64_t k = find(starts, count, b), last;
-                if (!done[k] || work[k].left <= 0) continue;
+                if (!done[k] || round >= passes_of(sites + k)) continue;
                 NAME(run_block)(sites + k, all + k, work + k, b - starts[k]);
 #pragma omp atomic capture seq_cst
                 last = --work[k].blocks;
                 if (last == 0) {  /* the blocks before it are done, whoever did them */
                     work[k].blocks = starts[k + 1] - starts[k];
                     done[k] = NAME(finish_pass)(sites + k, all + k, work + k, sigmas + k);
-                    if (sites[k].iterations <= 0) work[k].left = 0;
                 }
             }
         }
@@ -421,8 +469,29 @@ static int NAME(normalize_batch)(const site *sites, const tensors *all, int64_t 
             NAME(divide)((const REAL *)all[k].weight + first, divisor, (REAL *)all[k].result + first, size);
         }
     }
-    free(starts), free(chunks), free(work), free(scratch), free(double_scratch);
+    free(starts), free(chunks), free(work), free(scratch);
     return 1;
+}
+
+static void NAME(gradient_rows)(const site *s, const tensors *t, const NAME(work) *work, REAL product, REAL sigma,
+                                int64_t first, int64_t last) {
+    const int64_t row = row_of(s), width = s->width, period = period_of(s);
+    const REAL *grad = t->grad;
+    REAL *result = t->result, repeated[PERIOD];
+    if (s->channels) {
+        for (int64_t at = first * row; at < last * row; at += s->taps * s->channels)
+            NAME(gradient_transposed)(s, grad, product, work->outer, work->inner, sigma, result, at);
+        return;
+    }
+    for (int64_t r = first; r < last; r++) {
+        const REAL *outer = work->outer + r * width;
+        if (width == 1) {
+            NAME(gradient_row)(grad + r * row, product * outer[0], work->inner, sigma, result + r * row, row);
+            continue;
+        }
+        if (width < PERIOD) NAME(repeat)(outer, width, period, repeated), outer = repeated;
+        NAME(gradient_periods)(grad + r * row, product, outer, work->spread, sigma, result + r * row, row, period);
+    }
 }
 
 static int NAME(backward_batch)(const site *sites, const tensors *all, int64_t count, int64_t threads,
@@ -437,19 +506,25 @@ static int NAME(backward_batch)(const site *sites, const tensors *all, int64_t c
     for (int64_t k = 0; k < count; k++) {
         const site *s = sites + k;
         chunks[k + 1] = chunks[k] + (all[k].grad ? parts(size_of(s), BLOCK) : 0);
-        starts[k + 1] = starts[k] + (all[k].grad ? parts(s->rows, gradient_step(s)) : 0);
-        vectors += columns_of(s);
+        starts[k + 1] = starts[k] + (all[k].grad ? parts(s->outer, gradient_step(s)) : 0);
+        vectors += outer_size(s) + s->inner + row_of(s);
     }
     double *products = malloc(at_least(chunks[count], 1) * sizeof(double));
-    REAL *scratch = malloc(vectors * sizeof(REAL)), **column_vectors = malloc(count * sizeof(REAL *));
-    if (!products || !scratch || !column_vectors) {
-        free(chunks), free(starts), free(products), free(scratch), free(column_vectors);
+    REAL *scratch = malloc(vectors * sizeof(REAL)), *next = scratch;
+    NAME(work) *work = malloc(count * sizeof(NAME(work)));
+    if (!products || !scratch || !work) {
+        free(chunks), free(starts), free(products), free(scratch), free(work);
         return 0;
     }
-    REAL *next = scratch;
     for (int64_t k = 0; k < count; k++) {
-        column_vectors[k] = next, next += columns_of(sites + k);
-        NAME(copy_column_vector)(all[k].column_vector, column_vectors[k], sites[k].places, columns_of(sites + k));
+        const site *s = sites + k;
+        NAME(work) *w = work + k;
+        w->outer = next, next += outer_size(s);
+        w->inner = next, next += s->inner;
+        w->spread = s->width == 1 ? w->inner : next, next += row_of(s);
+        NAME(load)(all[k].outer_vector, outer_places(s), outer_size(s), w->outer);
+        NAME(load)(all[k].inner_vector, inner_places(s), s->inner, w->inner);
+        if (s->width > 1) NAME(spread)(w->inner, s->inner, s->width, w->spread);
     }
     threads = at_most(threads, at_least(chunks[count], 1));
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -465,28 +540,15 @@ static int NAME(backward_batch)(const site *sites, const tensors *all, int64_t c
         for (int64_t b = 0; b < starts[count]; b++) {
             int64_t k = find(starts, count, b);
             const site *s = sites + k;
-            const REAL *grad = all[k].grad, *row_vector = all[k].row_vector;
-            REAL *result = all[k].result;
             double product = 0, sigma = sigmas[k];
             for (int64_t c = chunks[k]; c < chunks[k + 1]; c++) product += products[c];
             if (!(fabs(sigma) > s->eps)) product = 0, sigma = 1;  /* went through undivided */
             int64_t step = gradient_step(s), first = (b - starts[k]) * step;
-            int64_t last = at_most(first + step, s->rows), columns = columns_of(s);
-            if (s->channels) {
-                for (int64_t at = first * columns; at < last * columns; at += s->taps * s->channels)
-                    NAME(gradient_transposed)(s, grad, (REAL)product, row_vector, column_vectors[k],
-                                              (REAL)sigma, result, at);
-                continue;
-            }
-            for (int64_t r = first; r < last; r++)
-                for (int64_t g = 0; g < s->groups; g++) {
-                    int64_t at = r * s->row_stride + g * s->group_stride;
-                    NAME(gradient_row)(grad + at, (REAL)product * row_vector[r],
-                                       column_vectors[k] + g * s->width, (REAL)sigma, result + at, s->width);
-                }
+            NAME(gradient_rows)(s, all + k, work + k, (REAL)product, (REAL)sigma, first,
+                                at_most(first + step, s->outer));
         }
     }
-    free(chunks), free(starts), free(products), free(scratch), free(column_vectors);
+    free(chunks), free(starts), free(products), free(scratch), free(work);
     return 1;
 }
 
@@ -501,10 +563,10 @@ int NAME(normalize)(const site *sites, void *const *addresses, int64_t count, in
         REAL *new_u = vectors + sites[k].u_at, *new_v = vectors + sites[k].v_at;
         const int transposed = (int)sites[k].transposed;
         all[k] = (tensors){.weight = addresses[k],
-                           .row_vector = transposed ? v : u,
-                           .column_vector = transposed ? u : v,
-                           .new_row_vector = transposed ? new_v : new_u,
-                           .new_column_vector = transposed ? new_u : new_v,
+                           .outer_vector = transposed ? v : u,
+                           .inner_vector = transposed ? u : v,
+                           .new_outer_vector = transposed ? new_v : new_u,
+                           .new_inner_vector = transposed ? new_u : new_v,
                            .result = divides ? addresses[3 * count + k] : NULL};
     }
     int has_memory = 1;
@@ -526,8 +588,8 @@ int NAME(normalize_backward)(const site *sites, void *const *addresses, int64_t 
     for (int64_t k = 0; k < count; k++) {
         const REAL *u = vectors + sites[k].u_at, *v = vectors + sites[k].v_at;
         all[k] = (tensors){.weight = addresses[k],
-                           .row_vector = sites[k].transposed ? v : u,
-                           .column_vector = sites[k].transposed ? u : v,
+                           .outer_vector = sites[k].transposed ? v : u,
+                           .inner_vector = sites[k].transposed ? u : v,
                            .grad = addresses[count + k],
                            .result = addresses[2 * count + k]};
     }

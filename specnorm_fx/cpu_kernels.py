@@ -31,14 +31,14 @@ class _Site(ctypes.Structure):
     """``site`` of the C file."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "groups", "width", "row_stride", "group_stride")),
-        *((name, ctypes.c_int64) for name in ("by_rows", "iterations", "taps", "channels", "transposed")),
+        *((name, ctypes.c_int64) for name in ("outer", "inner", "width")),
+        *((name, ctypes.c_int64) for name in ("outer_first", "iterations", "taps", "channels", "transposed")),
         *((name, ctypes.c_int64) for name in ("u_at", "v_at", "places")),
         ("eps", ctypes.c_double),
     ]
 
 
-INTERFACE = 2  # of the C file
+INTERFACE = 3  # of the C file
 
 
 @functools.cache
@@ -300,14 +300,14 @@ def _layout(
     m = shape[dim]
     columns = [d for d in in_memory if d != dim and shape[d] > 1]
     places = _places(tuple(shape), tuple(columns)) if columns != sorted(columns) else None
-    is_transposed = b == 1 and a > 1 and places is None  # [n, m]: the rows are v's
+    is_transposed = a > 1  # u is the inner vector
     taps, channels = math.prod(shape[2:]), shape[1]
     is_channels_last = in_memory == [0, *range(2, len(shape)), 1] and min(taps, channels) > 1
-    if not (contiguous and is_channels_last and (is_transposed or a == 1)):
+    if not (contiguous and is_channels_last and min(a, b) == 1):
         taps = channels = 0
-    if is_transposed:
-        return _Site(a, 1, m, m, 0, order == "vu", iterations, taps, channels, True, eps=eps), None
-    site = _Site(m, a, b, b, m * b, order == "uv", iterations, taps, channels, False, eps=eps)
+    outer, inner, width = (a, m, b) if is_transposed else (m, b, 1)
+    outer_first = (order == "uv") != is_transposed
+    site = _Site(outer, inner, width, outer_first, iterations, taps, channels, is_transposed, eps=eps)
     return site, places
 
 
