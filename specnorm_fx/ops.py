@@ -62,7 +62,7 @@ __all__ = [
 # The overload that the operators are. Compiled code is cached on disk by the names in its graph: whoever
 # changes what an operator takes, gives or saves for backward must change this, or users get the old
 # gradient with the new forward.
-REVISION = "r7"
+REVISION = "r8"
 
 ARGUMENTS = (
     "Tensor[] weights, Tensor[] us, Tensor[] vs, int[] n_power_iterations, float[] eps, int[] dims, "
@@ -420,7 +420,7 @@ def _differentiable_normalize(
         return vectors, sigmas, [reference.normalized(*site) for site in zip(*columns, strict=True)]
     with torch.no_grad():
         vectors, sigmas, *found = _normalize_forward(weights, us, vs, n, eps, dims, orders, once)
-    if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
+    if not _needs_gradient(weights):
         return vectors, sigmas, found
     gradient_groups = _gradient_groups(weights)
     if len(gradient_groups) == 1:  # most models: without the slices
@@ -437,6 +437,28 @@ def _differentiable_normalize(
     return vectors, sigmas, normalized
 
 
+def _forward_with_gradient(*arguments: Any) -> list[Tensor]:
+    """What autograd sees of `specnorm_fx::normalize_forward`, where it does not stand in `normalize`.
+
+    So it is in a program after ``run_decompositions()``, and in what ``make_fx`` traces: without a gradient
+    of its own the weights would train no more, in silence.
+    """
+    if _transformed(arguments[0]) or _needs_gradient(arguments[0]):
+        vectors, sigmas, normalized = _differentiable_normalize(*arguments)
+        return [vectors, sigmas, *normalized]
+    with torch._C._AutoDispatchBelowAutograd():
+        found: list[Tensor] = _normalize_forward(*arguments)
+    return found
+
+
+def _needs_gradient(weights: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+
+
+def _is_differentiated(weights: Sequence[Tensor]) -> bool:
+    return torch.autograd.forward_ad._current_level >= 0 or _needs_gradient(weights)
+
+
 # --- Registration: with calls, not decorators, so that the functions above stay plain functions ---
 
 
@@ -447,6 +469,7 @@ def _define(
     fake: Callable[..., Any] | None,
     vmap: Callable[..., tuple[Any, Any]] | None = None,
     iterates: bool = False,
+    autograd: Callable[..., Any] | None = None,
 ) -> Any:
     """Register an operator; without ``fake`` one made of others; ``vmap`` instead of `_one_by_one`."""
     qualified = f"specnorm_fx::{name}.{REVISION}"
@@ -456,15 +479,17 @@ def _define(
     key = "CompositeImplicitAutograd" if fake is None else "CompositeExplicitAutograd"
     torch.library.impl(qualified, key, function)
     overload = getattr(getattr(torch.ops.specnorm_fx, name), REVISION)
-    overload._op = _past_dispatcher(overload._op, function, iterates)
+    overload._op = _past_dispatcher(overload._op, function, iterates, autograd is not None)
     if fake is not None:
         torch.library.register_fake(qualified, fake)
+    if autograd is not None:
+        torch.library.impl(qualified, "Autograd", autograd)
     torch.library.register_vmap(qualified, functools.partial(vmap or _one_by_one, overload))
     return overload
 
 
 def _past_dispatcher(
-    operator: Callable[..., Any], function: Callable[..., Any], iterates: bool
+    operator: Callable[..., Any], function: Callable[..., Any], iterates: bool, differentiable: bool
 ) -> Callable[..., Any]:
     """An operator, without the dispatcher where nothing but the dispatcher would see it.
 
@@ -475,10 +500,13 @@ def _past_dispatcher(
         operator: What calls the dispatcher.
         function: What it would call.
         iterates: Whether it takes ``n_power_iterations``, as its fourth argument.
+        differentiable: Whether autograd has a function of its own for it.
     """
 
     def call(*arguments: Any, **others: Any) -> Any:
-        if not (others or _is_observed(arguments[0])):
+        if not (
+            others or _is_observed(arguments[0]) or (differentiable and _is_differentiated(arguments[0]))
+        ):
             return function(*arguments)
         is_due = iterates and len(arguments) > 3 and any(count > 0 for count in arguments[3])
         with _kept_for_backward() if is_due else nullcontext():
@@ -564,6 +592,7 @@ _normalize_forward = _define(
     _normalize,
     _fake_normalize,
     iterates=True,
+    autograd=_forward_with_gradient,
 )
 # (grads or None, normalized, vectors, sigmas, eps, dims, contiguous) -> the gradients of the weights that
 # have one; behind a single one an empty tensor. From W / sigma and not W: the user of the weight keeps it

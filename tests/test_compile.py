@@ -223,6 +223,38 @@ def test_exports_with_buffer_mutations():
     assert set(exported.graph_signature.buffers_to_mutate.values()) == {"lin.weight_u", "lin.weight_v"}
 
 
+def decomposed(gm, x):
+    program = torch.export.export(gm, (x,)).run_decompositions().module()
+    return lambda state, x: torch.func.functional_call(program, state, (x,))
+
+
+def by_make_fx(gm, x):
+    call = make_fx(lambda state, x: torch.func.functional_call(gm, state, (x,)), tracing_mode="fake")
+    return call(dict(gm.state_dict(keep_vars=True)), x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's decompositions for jvp
+@pytest.mark.parametrize("way", [decomposed, by_make_fx])
+def test_what_is_traced_below_autograd_is_differentiable(way):
+    """It has `normalize_forward` where autograd has seen `normalize`: all would train but the weights."""
+    layers, x = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(3, 6).double()
+    gm = transform(layers.double())
+    traced, copied = way(gm, x), copy.deepcopy(gm)
+    for batch in (x, x + 1):
+        traced(dict(copied.state_dict(keep_vars=True)), batch).exp().sum().backward()
+        gm(batch).exp().sum().backward()
+    assert close(gradients(copied), gradients(gm), torch.float64)
+    assert close(vectors(copied), vectors(gm), torch.float64)
+
+    traced, state = way(gm.eval(), x), dict(gm.state_dict())
+    tangent = torch.randn_like(state["0.weight"])
+    got, want = (
+        torch.func.jvp(lambda w, f=f: f({**state, "0.weight": w}, x), (state["0.weight"],), (tangent,))[1]
+        for f in (traced, lambda state, x: torch.func.functional_call(gm, state, (x,)))
+    )
+    assert relative_error(got, want) < TOLERANCE[torch.float64]
+
+
 @pytest.mark.parametrize("update", ["step", "forward"])
 def test_torch_func_in_one_compiled_step(update):
     """A gradient penalty by hand; in training mode u and v are written through the transformation.
