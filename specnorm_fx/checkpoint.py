@@ -172,7 +172,7 @@ def adapt_(state_dict: MutableMapping[str, Any], fqn: str) -> tuple[Tensor, Tens
             break
     else:
         # u without v is no known format of ours: PyTorch reports the missing key.
-        if target.u in state_dict or target.v in state_dict:
+        if target.u in state_dict:
             return None
     if fqn not in state_dict or target.v in state_dict:
         return None

@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as HookSN
 
 import specnorm_fx
 from specnorm_fx import SpectralNormConfig, transform
+from specnorm_fx.adopt import find_torch_sn
 from tests.models import LAYERS, MODELS, Discriminator, Tied, apply_torch_sn, parametrize
 
 APIS = pytest.mark.parametrize("sn", [torch_sn, hook_sn], ids=["parametrizations", "hook"])
@@ -101,6 +102,8 @@ def test_exactly_the_weights_with_torch_sn_are_adopted(sn):
     gm = transform(model, implementation="reference")
     assert {site.fqn for site in gm.sites()} == {"blocks.0.conv2.weight", "fc.weight"}
     assert transform(gm) is gm
+    with pytest.raises(ValueError, match=r"matches no weight.* fc.weight \(Linear\)"):
+        transform(model, "head")
     assert type(gm.fc) is nn.Linear
     assert not gm.fc._forward_pre_hooks
     assert not gm.fc._state_dict_hooks
@@ -182,6 +185,8 @@ def test_functional_use_of_a_parametrised_weight():
         ours = transform(captured, implementation="reference")
         assert torch.equal(ours(x), want)
         assert type(ours.lin) is nn.Linear or captured is not model
+    ours = transform(fx.symbolic_trace(theirs.lin), implementation="reference")  # which is the whole model
+    assert torch.equal(ours(x), theirs.lin(x))
 
 
 @APIS
@@ -223,7 +228,7 @@ def test_parameters_keep_their_order(sn):
 
 def test_other_parametrizations_beside_it_are_refused():
     model = nn.Sequential(torch_sn(orthogonal(nn.Linear(4, 4))))
-    with pytest.raises(ValueError, match=r"beside spectral norm on 'weight' \(on it: _Orthogonal, _Spectral"):
+    with pytest.raises(ValueError, match=r"on 'weight' \(on it: _Orthogonal, _SpectralNorm; on others: none"):
         transform(model)
 
     class Twice(nn.Module):
@@ -243,6 +248,7 @@ def test_a_pruned_weight_is_refused(sn):
         (model[0], "weight_orig") if sn is hook_sn else (model[0].parametrizations.weight, "original")
     )
     prune.random_unstructured(owner, name, 0.5)
+    assert all(isinstance(x, torch.Tensor) for x in find_torch_sn(model)["0.weight"].stored)
     with pytest.raises(ValueError, match=r"Linear carries spectral norm on a weight that is computed.*prune"):
         transform(model)
     assert [site.fqn for site in transform(model, {"0": None, "1": SpectralNormConfig()}).sites()] == [
@@ -283,6 +289,65 @@ def test_torchs_spectral_norm_of_a_vector_stays():
     """It is the vector over its length, without u and v."""
     model = nn.Sequential(nn.Linear(4, 3), torch_sn(nn.LayerNorm(3)))
     assert [site.fqn for site in transform(model).sites()] == ["0.weight"]
+
+
+class Own(nn.Module):
+    """Not torch's, though it has a u."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("_u", torch.ones(3))
+
+    def forward(self, x):
+        return 2 * x
+
+
+class LooksLikeIt(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+        self.parametrizations = nn.ModuleDict({"weight": nn.Linear(3, 3)})
+        torch_parametrize.register_parametrization(self.lin, "bias", Own())
+        self.gain = nn.Parameter(torch.ones(3))
+        for suffix in ("_u", "_v"):
+            self.register_buffer("gain" + suffix, torch.ones(3))
+
+    def forward(self, x):
+        return self.gain * self.parametrizations["weight"](self.lin(x))
+
+
+def test_what_only_looks_like_torchs_spectral_norm():
+    model, x = LooksLikeIt(), torch.randn(2, 4)
+    assert find_torch_sn(model) == {}
+    assert [site.fqn for site in transform(model, example_inputs=x).sites()] == [
+        "lin.weight",
+        "parametrizations.weight.weight",
+    ]
+
+
+class Chain(nn.Module):
+    """Two weights in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+
+    def forward(self, x):
+        return x @ self.first @ self.last
+
+
+@pytest.mark.parametrize("kind", [HookSN, BoundedHook])
+def test_of_two_hooks_on_a_module_one_is_taken_over(kind):
+    """Beside a hook of another kind."""
+    model = hook_sn(hook_sn(Chain(), "first"), "last")
+    model.register_forward_pre_hook(lambda module, inputs: None)
+    _, last, other = model._forward_pre_hooks.values()
+    last.__class__ = kind
+    found = find_torch_sn(model)
+    found["first"].strip_()
+    assert [*model._forward_pre_hooks.values()] == [last, other]
+    assert [*find_torch_sn(model)] == ["last"]
+    assert [name for name, _ in model.named_parameters()] == ["last_orig", "first"]
 
 
 def test_freeze_after_adoption_loads_into_the_plain_class():

@@ -10,6 +10,7 @@ from torch.nn.utils.parametrizations import spectral_norm as torch_sn
 
 import specnorm_fx
 from specnorm_fx import convert_state_dict, reference, transform
+from specnorm_fx.checkpoint import fqn_of
 from tests.models import MODELS, Discriminator, Tied, apply_torch_sn, case_named, parametrize
 
 SN = {"parametrizations": torch_sn, "hook": hook_sn}
@@ -122,14 +123,18 @@ def test_the_oldest_hook_format_has_no_v():
     for _ in range(30):
         theirs(torch.randn(2, 5))
     state = theirs.state_dict()
+    cached = {"weight": theirs.weight.detach()}  # that format stored the cached W / sigma
+    assert convert_state_dict(state | cached, to="plain")["weight"] is state["weight_orig"]
     del state["weight_v"], state["bias"]
-    state["weight"] = theirs.weight.detach()  # that format stored the cached W / sigma
+    state |= cached
     gm = transform(nn.Linear(5, 4, bias=False))
     gm.load_state_dict(state, strict=True)
     assert torch.equal(gm.weight, theirs.weight_orig)
     exact = torch.linalg.matrix_norm(gm.weight, 2)
     assert specnorm_fx.sigmas(gm)["weight"].item() == pytest.approx(exact.item(), rel=1e-4)
-    assert list(convert_state_dict(state, to="plain")) == ["weight"]
+    plain = convert_state_dict(state, to="plain")
+    assert list(plain) == ["weight"]
+    assert plain["weight"] is state["weight_orig"]
     with pytest.raises(ValueError, match="weight has no v in the state dict"):
         convert_state_dict(state, to="parametrizations")
 
@@ -225,6 +230,42 @@ def test_convert_keeps_what_is_not_spectral_norm():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), torch_sn(nn.Linear(3, 3)))
     converted = convert_state_dict(model.state_dict(), to="specnorm_fx")
     assert {"0.parametrizations.weight.original0", "1.weight", "1.weight_u", "1.weight_v"} <= set(converted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("keys", ["weight weight_u", "weight_orig weight_mask", "weight_u weight_v"])
+def test_keys_that_only_look_like_spectral_norm(keys, layout):
+    """A buffer of that name without v, a pruned weight, and what has no weight beside it."""
+    state = {f"other.{key}": torch.ones(2) for key in keys.split()}
+    converted = convert_state_dict(transform(nn.Linear(3, 2)).state_dict() | state, to=layout)
+    assert all(converted[key] is value for key, value in state.items())
+
+
+@pytest.mark.parametrize("others", [["weight"], ["weight_u", "weight_v"]])
+def test_convert_keeps_what_is_no_tensor(others):
+    state = transform(nn.Linear(3, 2)).state_dict()
+    state |= {key: state[key].detach().numpy() for key in others}
+    converted = convert_state_dict(state, to="hook")
+    assert [*map(id, converted.values())] == [*map(id, state.values())]
+
+
+@pytest.mark.parametrize(
+    ("key", "fqn", "layout"),
+    [
+        ("parametrizations.weight.original", "weight", "parametrizations"),
+        # The layer is part of a parametrization itself.
+        (
+            "a.parametrizations.weight.0.lin.parametrizations.weight.original",
+            "a.parametrizations.weight.0.lin.weight",
+            "parametrizations",
+        ),
+        ("a.parametrizations.weight.original0", "a.parametrizations.weight.original0", "plain"),
+        ("a.original", "a.original", "plain"),
+        ("a.weight_orig", "a.weight", "hook"),
+    ],
+)
+def test_the_weight_that_a_key_is_of(key, fqn, layout):
+    assert fqn_of(key) == (fqn, layout)
 
 
 class Aliased(nn.Module):
