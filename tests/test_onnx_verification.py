@@ -12,7 +12,7 @@ from torch import nn
 
 from specnorm_fx import freeze, transform
 from specnorm_fx.onnx import VerificationError, export, verify
-from specnorm_fx.onnx.verification import LIMITS
+from specnorm_fx.onnx.verification import LIMITS, _size_of_terms
 from tests.architectures import ProjectionDiscriminator
 from tests.models import Discriminator, case_named
 from tests.onnx_files import plain_export, trained
@@ -82,6 +82,9 @@ def test_verify_refuses_other_models_and_broken_files(exported, tmp_path):
         verify(path, gm, [])
     with pytest.raises(RuntimeError, match=r"Discriminator is in training mode.*Call .eval\(\) first"):
         verify(path, copy.deepcopy(gm).train(), x)
+    edit(path, lambda graph: graph.output.append(graph.input[0]))
+    with pytest.raises(VerificationError, match="has 2 outputs, and the model has 1"):
+        verify(path, gm, x)
 
 
 def test_the_figures_are_the_largest_of_all_batches(tmp_path):
@@ -174,11 +177,16 @@ def test_structure_refuses_what_the_stock_exporter_leaves(tmp_path):
         verify(tmp_path / "stock.onnx", gm, x, structure=True)
 
 
+def rename_first_dimension(graph):
+    graph.input[0].type.tensor_type.shape.dim[0].dim_param = "size of batch"
+
+
 def test_structure_is_that_of_the_opset_of_the_file(tmp_path):
     """GELU is an operator from 20 on."""
     gm, x = transform(nn.Sequential(nn.Linear(4, 3), nn.GELU())).eval(), torch.randn(2, 4)
     assert "Gelu" in export(gm, x, tmp_path / "d.onnx", opset_version=20).nodes
-    assert "Erf" in export(gm, x, tmp_path / "d.onnx", opset_version=18).nodes
+    assert "Erf" in export(gm, x, tmp_path / "d.onnx", opset_version=18, dynamic_batch=True).nodes
+    edit(tmp_path / "d.onnx", rename_first_dimension)  # to what no Dim can be called
     assert "Erf" in verify(tmp_path / "d.onnx", gm, x, structure=True).nodes
 
 
@@ -225,13 +233,55 @@ def test_a_wrong_weight_fails_near_zero_too(near_zero, name):
         verify(path, wrong, args)
 
 
+def beside_a_parameter_in_float64(model):
+    model.unused = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "moves"),
+    [
+        (nn.Embedding(4, 3), torch.tensor([2]), True),
+        (nn.ReLU(), torch.ones(2), True),
+        (beside_a_parameter_in_float64(nn.Embedding(4, 3).half()), torch.tensor([2]), True),
+        (nn.Flatten(), torch.ones(2, 2, dtype=torch.int64), False),
+        (nn.Linear(3, 2), torch.ones(0, 3), False),
+    ],
+    ids=["labels", "no parameters", "half", "integers", "nothing"],
+)
+def test_the_size_of_terms_is_of_parameters_and_inputs(model, x, moves):
+    assert (_size_of_terms(model, (x,), 0) > 0) == moves
+
+
+class Cancelled(nn.Module):
+    """A score near zero beside -inf, and another output."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.lin = nn.Linear(n, 1)
+
+    def forward(self, x):
+        return x[:, :1], torch.cat([self.lin(x), x[:, :1].log()], 1)
+
+
+def test_of_several_outputs_each_is_held_to_its_own_terms(tmp_path):
+    gm, x = transform(Cancelled(4096)).eval(), torch.randn(1, 4096)
+    x[0, 0] = 0
+    with torch.no_grad():
+        gm.get_parameter("lin.bias").fill_(0)
+        gm.get_parameter("lin.bias").copy_(1e-7 - gm(x)[1][0, :1])
+    assert gm(x)[1][0, 0].abs() < 1e-5
+    export(gm, torch.randn(1, 4096), tmp_path / "c.onnx")
+    verify(tmp_path / "c.onnx", gm, x)
+
+
 class Jump(nn.Module):
     def __init__(self):
         super().__init__()
         self.hidden, self.out = nn.Linear(8, 16), nn.Linear(16, 4)
 
     def forward(self, x):
-        return torch.sign(self.out(torch.relu(self.hidden(x))))
+        return torch.sign(self.out(torch.relu(self.hidden(x)))) / 64
 
 
 def test_an_output_that_jumps_is_not_excused(tmp_path):
@@ -239,7 +289,7 @@ def test_an_output_that_jumps_is_not_excused(tmp_path):
     gm, other = transform(Jump()).eval(), transform(Jump()).eval()
     x = torch.randn(64, 8)
     export(gm, x, tmp_path / "j.onnx", dynamic_batch=True)
-    with pytest.raises(VerificationError, match=r"disagrees .* max abs error 2\.000e\+00"):
+    with pytest.raises(VerificationError, match=r"disagrees .* max abs error 3.125e-02"):
         verify(tmp_path / "j.onnx", other, x)
     for rows in (64, 16_384):  # of so many some jump by the smaller of two steps, too
         with pytest.raises(VerificationError, match="disagrees"):
@@ -255,6 +305,27 @@ def test_a_batch_of_zero_says_nothing(tmp_path):
     verify(tmp_path / "m.onnx", gm, [none, torch.randn(3, 8)])
     with pytest.raises(VerificationError, match=r"or no value at all.*No file was written"):
         export(gm, none, tmp_path / "none.onnx")
+
+
+def test_a_file_without_outputs_says_nothing(tmp_path):
+    """ONNX Runtime takes none; the reference evaluator, which runs bf16, does."""
+
+    class Silent(nn.Linear):
+        def forward(self, x):
+            return ()
+
+    helper, path = onnx.helper, tmp_path / "silent.onnx"
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["w"], ["y"])],
+        "silent",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 4])],
+        [],
+        [helper.make_tensor("w", onnx.TensorProto.BFLOAT16, [1], [1.0])],
+    )
+    opset = helper.make_opsetid("", 22)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    with pytest.raises(VerificationError, match="or no value at all"):
+        verify(path, Silent(4, 3).eval(), torch.randn(2, 4))
 
 
 def test_nan_that_agrees(tmp_path):

@@ -146,7 +146,7 @@ def verify(
     compared = [
         one for number, batch in enumerate(batches) for one in _compare(file, model, batch, number, rtol)
     ]
-    if compared and all(difference.says_nothing for difference in compared):
+    if all(difference.says_nothing for difference in compared):
         raise VerificationError(
             f"{type(model).__name__} gives nothing but NaN on these inputs, or no value at all, so that "
             f"{file.path} cannot be held against it."
@@ -161,9 +161,9 @@ def verify(
         file.precision,
         file.evaluator,
         len(batches),
-        max((difference.absolute for difference in compared), default=0.0),
-        max((difference.relative for difference in compared), default=0.0),
-        max((difference.limit for difference in compared), default=0.0),
+        max(difference.absolute for difference in compared),
+        max(difference.relative for difference in compared),
+        max(difference.limit for difference in compared),
         dict(sorted(histogram.items(), key=lambda item: float(item[0]))),
         dict(operators(file.proto)),
     )

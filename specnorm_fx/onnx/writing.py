@@ -141,8 +141,8 @@ def _refuse_changed(model: Any, free: Axes, opset_version: int | None, dynamic_s
                 f"Dynamic dimensions must be free in the model, and dimension {fixed[0]} of {value.name!r} "
                 f"is always {value.shape[fixed[0]]} there. Leave it out of axes and dynamic_batch."
             )
-    dim: Any = torch.export.Dim
-    asked = [x for x in pytree.tree_leaves(dynamic_shapes) if isinstance(x, dim) or x is dim.DYNAMIC]
+    # Dim.DYNAMIC where the model fixes it is an error of the exporter's own.
+    asked = [x for x in pytree.tree_leaves(dynamic_shapes) if isinstance(x, torch.export.Dim)]
     left = [x for value in model.graph.inputs for x in value.shape if not isinstance(x, int)]
     if len(left) < len(asked):
         raise ValueError(
@@ -159,27 +159,34 @@ def _refuse_changed(model: Any, free: Axes, opset_version: int | None, dynamic_s
 
 def _name_dimensions_(model: Any, free: Axes) -> None:
     """Give dynamic dimensions their names, which the exporter does not if there are numbers among args."""
+    (ir,) = require("onnx_ir")
     names: dict[Any, str] = {}
     for value, dims in zip(model.graph.inputs, free, strict=False):
         for dim, name in dims.items():
             if name:
                 names.setdefault(value.shape[dim].value, name)
+
+    def renamed(size: Any) -> Any:
+        if isinstance(size, int) or not size.value:
+            return size
+        # A symbol, or a formula of some.
+        return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.value)
+
     computed = (value for node in model.graph for value in node.outputs)
     for value in (*model.graph.inputs, *computed):
-        for dim, size in enumerate(value.shape or ()):
-            if not isinstance(size, int) and size.value:  # a symbol, or a formula of some
-                value.shape[dim] = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.value)
+        if value.shape is not None:  # a new one: some cannot be changed
+            value.shape = ir.Shape(map(renamed, value.shape))
 
 
 def _name_initializers_(model: Any, frozen: fx.GraphModule) -> None:
     """Give a matrix that the exporter folded into its transpose the name of its parameter, in place."""
-    taken = set(model.graph.initializers)
+    parameters, stored_by_name = dict(frozen.named_parameters()), dict(model.graph.initializers)
     missing = {
         name: array(parameter)
-        for name, parameter in frozen.named_parameters()
-        if name not in taken and parameter.ndim == 2
+        for name, parameter in parameters.items()
+        if name not in stored_by_name and parameter.ndim == 2
     }
-    for value in list(model.graph.initializers.values()):
+    for value in [value for name, value in stored_by_name.items() if name not in parameters]:
         stored = value.const_value.numpy()
         for name, parameter in missing.items():
             if np.array_equal(stored, parameter.T):
