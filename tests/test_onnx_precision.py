@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import logging
+import re
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ import specnorm_fx
 from specnorm_fx import freeze, transform
 from specnorm_fx.onnx import VerificationError, export, verify
 from specnorm_fx.onnx.exporting import OWN
+from specnorm_fx.onnx.precision import opset_for
 from specnorm_fx.onnx.verification import LIMITS, _File
 from tests.models import Tied
 from tests.onnx_files import plain_export, trained
@@ -105,6 +107,14 @@ def test_bf16_of_what_is_folded_in_fp32(layer, norm, x, tmp_path):
     stored = {i.name: i.data_type for i in onnx.load(tmp_path / "b.onnx").graph.initializer}
     assert "0.weight" in stored
     assert {*stored.values()} == {TensorProto.BFLOAT16}
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked", "opset"),
+    [("fp16", 18, 18), ("int8", None, None), ("bf16", None, 22), ("bf16", 23, 23)],
+)
+def test_opset_of_a_precision(precision, asked, opset):
+    assert opset_for(precision, asked) == opset
 
 
 def test_bf16_is_run_by_the_reference_evaluator(files):
@@ -225,6 +235,13 @@ def test_structure_of_a_foreign_file_in_fp64(tmp_path):
         verify(tmp_path / "d.onnx", gm, x)
 
 
+def test_a_foreign_file_in_fp64_whose_scores_are_in_fp32(tmp_path):
+    model, x = ScoreInFp32().double().eval(), torch.randn(2, 64, dtype=torch.float64)
+    plain_export(model, (x,), tmp_path / "d.onnx")
+    report = verify(tmp_path / "d.onnx", model, x)
+    assert (report.precision, report.rtol) == ("fp64", LIMITS["fp32"])
+
+
 # --- What the file and the report say ---
 
 
@@ -280,6 +297,7 @@ def test_histogram_and_json(files, folded):
     report = verify(files["fp16"].path, folded[0], batches)
     assert sum(report.histogram.values()) == (2 + 5) * 4
     assert list(report.histogram) == sorted(report.histogram, key=float)
+    assert all(re.fullmatch(r"0|1e[-+]\d\d", key) for key in report.histogram)
     largest = float(list(report.histogram)[-1])
     assert largest <= report.max_rel_error < 10 * largest
     read = json.loads(report.to_json())
