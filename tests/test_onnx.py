@@ -463,8 +463,8 @@ def test_large_weights_stand_in_a_file_of_their_own(tmp_path, monkeypatch):
         ),
         ({"precision": "int8", "calibration": []}, "calibration must hold at least one batch"),
         (
-            {"precision": "int8", "calibration": [(torch.ones(2, 4), torch.ones(2))]},
-            r"calibration must hold batches like args \(x\), got 2 tensors in batch 0",
+            {"precision": "int8", "calibration": [torch.ones(2, 4), (torch.ones(2, 4), torch.ones(2))]},
+            r"calibration must hold batches like args \(x\), got 2 tensors in batch 1",
         ),
         (
             {"precision": "int8", "calibration": [torch.ones(2, 5)]},

@@ -307,12 +307,13 @@ def test_histogram_and_json(files, folded):
     assert sum(one_empty.histogram.values()) == 2 * 4
 
 
-def test_int8_leaves_grouped_transposed_convolutions(tmp_path):
+def test_int8_leaves_grouped_transposed_convolutions(tmp_path, caplog):
     """Those alone. And takes one tensor for one batch."""
     grouped, plain = nn.ConvTranspose2d(4, 8, 4, 2, 1, groups=2), nn.ConvTranspose2d(8, 4, 3)
     gm = transform(nn.Sequential(grouped, plain, nn.Conv2d(4, 4, 3, groups=2))).eval()
     x = torch.randn(8, 4, 5, 5)
     verification = export(gm, x, tmp_path / "g.onnx", precision="int8", calibration=x)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert verification.nodes["ConvTranspose"] == 2
     assert verification.precision == "int8"
     stored = {
