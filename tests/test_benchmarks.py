@@ -180,6 +180,14 @@ def test_a_run_ends_in_time_and_goes_on(program, tmp_path, monkeypatch, capsys):
     assert len(measured) == 6
 
 
+def test_the_first_call_and_transform_are_timed(program, monkeypatch):
+    fresh = importlib.import_module("fresh")
+    monkeypatch.setattr("torch.compile", lambda function: function)
+    measured = fresh.first_compile(program.CASES["mlp"], "ours", "eager", "cpu")
+    assert measured.keys() == {"seconds", "transform"}
+    assert min(measured.values()) > 0
+
+
 def test_memory_is_that_of_the_fresh_process():
     (line,) = run("fresh.py", "memory", "mlp", "none", "eager", "cpu").splitlines()
     # Python with torch, in bytes.
