@@ -3,7 +3,7 @@
 ``specnorm_fx::normalize`` (`normalize`)
     Power iteration, sigma and ``W / sigma`` of weights of one device and compute dtype, differentiable.
 ``specnorm_fx::normalize_forward``, ``specnorm_fx::normalize_backward``
-    What that is made of: the same without gradient, and the gradient.
+    What that is made of, and what is left of it in a graph traced below autograd: the same, and the gradient.
 ``specnorm_fx::power_iteration`` (`power_iteration`)
     The first without the division, for `specnorm_fx.update_`.
 ``specnorm_fx::singular_vectors`` (`singular_vectors`)
