@@ -300,12 +300,12 @@ def _layout(
     m = shape[dim]
     columns = [d for d in in_memory if d != dim and shape[d] > 1]
     places = _places(tuple(shape), tuple(columns)) if columns != sorted(columns) else None
-    is_transposed = a > 1  # u is the inner vector
+    is_transposed = min(a, m) > 1  # u is the inner vector; of one element it may as well be the outer
     taps, channels = math.prod(shape[2:]), shape[1]
     is_channels_last = in_memory == [0, *range(2, len(shape)), 1] and min(taps, channels) > 1
     if not (contiguous and is_channels_last and min(a, b) == 1):
         taps = channels = 0
-    outer, inner, width = (a, m, b) if is_transposed else (m, b, 1)
+    outer, inner, width = (a, m, b) if is_transposed else (m, a * b, 1)
     outer_first = (order == "uv") != is_transposed
     site = _Site(outer, inner, width, outer_first, iterations, taps, channels, is_transposed, eps=eps)
     return site, places

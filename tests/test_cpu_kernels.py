@@ -20,6 +20,7 @@ SHAPES = {
     "conv_transpose": ((8, 6, 4, 4), 1),
     "conv_transpose_1x1": ((8, 6, 1, 1), 1),
     "conv_transpose3d": ((3, 4, 2, 2, 2), 1),
+    "conv_transpose_depthwise": ((8, 1, 3, 3), 1),
     "middle_dim": ((6, 4, 3, 5), 2),
     "last_dim": ((6, 3, 5), 2),
     "14k_columns": ((5, 14_000), 0),
@@ -271,7 +272,8 @@ def test_many_in_one_call_are_the_same_bits_as_each_alone_and_again(dtype):
     problems = [(*problem(shape, dim, dtype), dim) for shape, dim in SHAPES.values()]
     weights, us, vs, grads, dims = map(list, zip(*problems, strict=True))
     counts = [k % 3 for k in range(len(weights))]
-    options = (counts, [EPS] * len(weights), dims, ["uv", "vu"] * (len(weights) // 2))
+    orders = [("uv", "vu")[k % 2] for k in range(len(weights))]
+    options = (counts, [EPS] * len(weights), dims, orders)
     first = cpu_kernels.normalize(weights, us, vs, *options)
     again = cpu_kernels.normalize(weights, us, vs, *options)
     assert torch.equal(first[0], again[0])
@@ -280,7 +282,7 @@ def test_many_in_one_call_are_the_same_bits_as_each_alone_and_again(dtype):
     )
     new = first[0].split([len(x) for pair in zip(us, vs, strict=True) for x in pair])
     for k in range(len(weights)):
-        alone = by_kernel(weights[k], us[k], vs[k], grads[k], counts[k], dims[k], options[3][k])
+        alone = by_kernel(weights[k], us[k], vs[k], grads[k], counts[k], dims[k], orders[k])
         together = (new[2 * k], new[2 * k + 1], first[2][k], gradients[k])
         assert all(map(torch.equal, alone, together))
 
